@@ -1,0 +1,52 @@
+"""What gn_fast found on this machine and chose: `show_config`. How it is chosen lives in the door."""
+
+from importlib.metadata import version
+from typing import Any, Literal, overload
+
+import numpy as np
+
+from . import _core
+
+
+@overload
+def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
+@overload
+def show_config(mode: Literal["dicts"]) -> dict[str, dict[str, Any]]: ...
+def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
+    """Tell the instruction set, the threads and the cache sizes in use.
+
+    Parameters
+    ----------
+    mode : {"stdout", "dicts"}
+        Print them, or return them, as `numpy.show_config` does.
+
+    Returns
+    -------
+    dict of dict or None
+        With ``mode="dicts"``: ``versions``; ``isa`` (``used``, ``available``); ``threads`` (``used`` by the next
+        large call, ``openmp`` (its version as ``yyyymm``, None if gn_fast was built without it), ``processors``
+        that affinity and quota allow); ``caches`` (bytes).
+
+    Raises
+    ------
+    ValueError
+        If `mode` is another.
+
+    Examples
+    --------
+    >>> import gn_fast
+    >>> sorted(gn_fast.show_config("dicts"))
+    ['caches', 'isa', 'threads', 'versions']
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode must be 'stdout' or 'dicts', not {mode!r}")
+    config = {"versions": {"gn_fast": version("gn_fast"), "numpy": np.__version__}, **_core._config()}
+    if mode == "dicts":
+        return config
+    for section, entries in config.items():
+        print(f"{section}:")
+        for name, value in entries.items():
+            if name == "openmp" and value is None:
+                value = "none: built without OpenMP, on one thread"
+            print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
+    return None

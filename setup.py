@@ -1,0 +1,95 @@
+"""The build: one extension for each instruction set from one kernel source, and the door that chooses one."""
+
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
+
+import numpy
+
+# The table of instruction sets, weakest first. GCC stays at 256 bits on v4 unless it is told otherwise.
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA = {
+        "x86_64_v2": ["-march=x86-64-v2"],
+        "x86_64_v3": ["-march=x86-64-v3"],
+        "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    }
+else:
+    ISA = {"baseline": []}
+
+# The same bits from every compiler and level: no contraction to FMA, and none of -ffast-math. What no result
+# depends on, errno and floating-point traps, is given up: loops with a square root or a select vectorise then.
+FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+
+OPENMP = [  # compile and link flags to try, in order
+    (["-fopenmp"], ["-fopenmp"]),
+    (["-Xpreprocessor", "-fopenmp"], ["-lomp"]),  # Apple's clang with Homebrew's libomp
+]
+
+PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+
+
+class BuildExt(build_ext):
+    """Compiles in parallel, with OpenMP for the door where the compiler has it."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
+    def build_extensions(self):
+        compile_flags, link_flags = self.openmp()
+        for extension in self.extensions:
+            if extension.name == "gn_fast._core":  # the kernels know nothing of threads
+                extension.extra_compile_args += compile_flags
+                extension.extra_link_args += link_flags
+        super().build_extensions()
+
+    def openmp(self):
+        if os.environ.get("GN_FAST_BUILD_OPENMP") != "0":
+            for compile_flags, link_flags in OPENMP:
+                with tempfile.TemporaryDirectory() as folder:
+                    source = Path(folder, "probe.c")
+                    source.write_text(PROBE)
+                    try:
+                        objects = self.compiler.compile([str(source)], folder, extra_postargs=compile_flags)
+                        self.compiler.link_executable(objects, "probe", folder, extra_postargs=link_flags)
+                    except (CompileError, LinkError):
+                        continue
+                    return compile_flags, link_flags
+        print("gn_fast is built without OpenMP: it will run on one thread")
+        return [], []
+
+
+def extension(name, source, flags=()):
+    return Extension(
+        f"gn_fast.{name}",
+        [f"src/{source}.pyx"],
+        include_dirs=["src", numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
+        extra_compile_args=[*FLAGS, *flags],
+        depends=["src/kernel.pxd", "src/kernel.pxi", "src/tile.pxi", "src/activation.pxi", "src/port.h",
+                 "src/threads.pxi", "src/threads.h"],
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [extension("_core", "_core")]
+        + [extension(f"_kernel_{level}", f"_kernel_{level}", flags) for level, flags in ISA.items()],
+        include_path=["src"],
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "cdivision": True,
+            "initializedcheck": False,
+        },
+        build_dir="build",
+    ),
+    cmdclass={"build_ext": BuildExt},
+)

@@ -1,0 +1,468 @@
+# cython: boundscheck=True, wraparound=True
+"""The door: checks the arguments, sees every array as (N, C, *spatial), and sends the work to a kernel.
+
+No arithmetic lives here (that is kernel.pxi) and no thread (threads.pxi).
+"""
+
+import os
+
+import numpy as np
+
+from gn_fast.moments import Moments
+
+cimport numpy as cnp
+from cpython.ref cimport PyObject
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.stdint cimport int64_t
+
+from kernel cimport *
+
+include "threads.pxi"
+
+cdef extern from "threads.h" nogil:
+    int gn_x86_64_level()
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, PyObject *descr, int subok)
+
+cnp.import_array()
+
+_ACTIVATIONS = {None: IDENTITY, "relu": RELU, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "mish": MISH}
+_DTYPES = "float16, bfloat16, float32, float64, an integer type or bool"
+
+
+# ---- instruction sets ------------------------------------------------------------------------------
+
+cdef Kernel *kernel = NULL
+_isa = None
+
+
+def isa_levels():
+    """The instruction sets that this machine and this build both have, weakest first.
+
+    Returns
+    -------
+    tuple of str
+        On x86-64 some of ``x86_64_v2``, ``x86_64_v3`` and ``x86_64_v4`` (the levels of the x86-64 psABI),
+        elsewhere ``baseline``. All give the same bits.
+
+    Examples
+    --------
+    >>> import gn_fast
+    >>> len(gn_fast.isa_levels()) >= 1
+    True
+    """
+    level = gn_x86_64_level()
+    return tuple(f"x86_64_v{v}" for v in range(2, level + 1)) if level else ("baseline",)
+
+
+def _set_isa(level):
+    global kernel, _isa
+    module = __import__(f"gn_fast._kernel_{level}", fromlist=["KERNEL"])
+    kernel = <Kernel *> PyCapsule_GetPointer(module.KERNEL, "gn_fast.kernel")
+    _isa = level
+
+
+def _isa_of_environment():
+    levels = isa_levels()
+    if not levels:
+        raise ImportError("gn_fast needs an x86-64-v2 processor (SSE4.2) or better")
+    level = os.environ.get("GN_FAST_ISA") or levels[-1]
+    if level not in levels:
+        raise ImportError(f"GN_FAST_ISA must be one of {', '.join(levels)}, which this machine supports, not {level!r}")
+    return level
+
+
+_set_isa(_isa_of_environment())
+
+
+@contextlib.contextmanager
+def use_isa(level):
+    """Compute with another instruction set inside a ``with`` block, in the whole process: for tests and benchmarks.
+
+    Parameters
+    ----------
+    level : str
+        One of :func:`isa_levels`.
+
+    Raises
+    ------
+    ValueError
+        If `level` is not one of them.
+
+    Examples
+    --------
+    >>> import gn_fast
+    >>> with gn_fast.use_isa(gn_fast.isa_levels()[0]):
+    ...     gn_fast.show_config("dicts")["isa"]["used"] == gn_fast.isa_levels()[0]
+    True
+    """
+    if level not in isa_levels():
+        raise ValueError(f"level must be one of {', '.join(isa_levels())}, not {level!r}")
+    before = _isa
+    _set_isa(level)
+    try:
+        yield
+    finally:
+        _set_isa(before)
+
+
+def _config():
+    return {
+        "isa": {"used": _isa, "available": list(isa_levels())},
+        "threads": {"used": get_num_threads(), "openmp": GN_OPENMP or None, "processors": _processors()},
+        "caches": {"level 2": L2_BYTES, "last level": LAST_LEVEL_BYTES},
+    }
+
+
+# ---- arguments -------------------------------------------------------------------------------------
+
+cdef int storage_of(cnp.ndarray a) except -2:
+    """Its Storage, or -1 for a dtype that is none."""
+    cdef int number = cnp.PyArray_TYPE(a)
+    if number == cnp.NPY_FLOAT:
+        return FLOAT32
+    if number == cnp.NPY_DOUBLE:
+        return FLOAT64
+    if number == cnp.NPY_FLOAT16:
+        return FLOAT16
+    if number == cnp.NPY_BOOL:
+        return BOOL
+    scalar = (<object> a).dtype.type
+    if scalar.__name__ == "bfloat16" and scalar.__module__ == "ml_dtypes":  # known without importing it
+        return BFLOAT16
+    return -1
+
+
+cdef cnp.ndarray as_array(value, str name):
+    """Any array-like as an aligned ndarray in native byte order, of a floating storage type."""
+    cdef cnp.ndarray a
+    if not cnp.PyArray_CheckExact(value):
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError(f"{name} must not be a masked array: pass its data, and mask=~{name}.mask for the statistics")
+        value = np.asarray(value)
+    a = value
+    cdef int storage = storage_of(a)
+    if storage < 0 or storage == BOOL:
+        if (<object> a).dtype.kind not in "iub":
+            raise TypeError(f"{name} must be of dtype {_DTYPES}, not {(<object> a).dtype}")
+        return (<object> a).astype(np.float64)
+    if not cnp.PyArray_ISBEHAVED_RO(a):
+        return (<object> a).astype((<object> a).dtype.newbyteorder("="))
+    return a
+
+
+cdef int view(View *v, cnp.ndarray a, int axis) except -1:
+    """See an array as (N, C, *spatial), the spatial dimensions merged where their strides allow it."""
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
+    cdef cnp.npy_intp *stride = cnp.PyArray_STRIDES(a)
+    cdef int d, k = 0
+    v.data = cnp.PyArray_BYTES(a)
+    v.storage = <Storage> storage_of(a)
+    v.itemsize = cnp.PyArray_ITEMSIZE(a)
+    v.sample_stride = stride[0]
+    v.channel_stride = stride[axis]
+    v.buffered = v.streamed = False
+    v.shape[0] = 1
+    v.stride[0] = v.channel_stride
+    for d in range(1, cnp.PyArray_NDIM(a)):
+        if d == axis or shape[d] == 1:
+            continue
+        if k and v.stride[k - 1] == shape[d] * stride[d]:
+            v.shape[k - 1] *= shape[d]
+            v.stride[k - 1] = stride[d]
+        else:
+            v.shape[k] = shape[d]
+            v.stride[k] = stride[d]
+            k += 1
+    v.ndim = max(k, 1)
+    return 0
+
+
+cdef int view_of_channels(View *v, value, str name, Job *job) except -1:
+    """See a weight or bias of shape (C,) or (N, C) as an (N, C) array. The caller keeps `value` alive."""
+    cdef cnp.ndarray a = value
+    cdef int ndim = cnp.PyArray_NDIM(a)
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
+    if not (ndim == 1 and shape[0] == job.C or ndim == 2 and shape[0] == job.N and shape[1] == job.C):
+        raise ValueError(f"{name} must have shape ({job.C},) or ({job.N}, {job.C}), not {shape_of(a)}")
+    v.data = cnp.PyArray_BYTES(a)
+    v.storage = <Storage> storage_of(a)
+    v.itemsize = cnp.PyArray_ITEMSIZE(a)
+    v.sample_stride = cnp.PyArray_STRIDES(a)[0] if ndim == 2 else 0
+    v.channel_stride = cnp.PyArray_STRIDES(a)[ndim - 1]
+    v.ndim = v.shape[0] = 1
+    v.stride[0] = 0
+    return 0
+
+
+cdef shape_of(cnp.ndarray a):
+    return (<object> a).shape
+
+
+cdef int checked_activation(value) except -1:
+    try:
+        return _ACTIVATIONS[value]
+    except (KeyError, TypeError):
+        known = ", ".join(map(repr, _ACTIVATIONS))
+        raise ValueError(f"activation must be one of {known}, not {value!r}") from None
+
+
+cdef Py_ssize_t integer(value, str name) except? -1:
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    return value.__index__()
+
+
+cdef double checked_eps(value) except? -1:
+    cdef double eps
+    try:
+        eps = value
+    except TypeError:
+        raise TypeError(f"eps must be a number, not {value!r}") from None
+    if not eps >= 0:
+        raise ValueError(f"eps must be at least 0, not {value!r}")
+    return eps
+
+
+cdef cnp.ndarray checked_mask(mask, cnp.ndarray x, int axis):
+    """The mask broadcast to x's shape."""
+    mask = np.asarray(mask)
+    if mask.dtype != np.bool_:
+        raise TypeError(f"mask must be of dtype bool, not {mask.dtype}")
+    wanted = list(shape_of(x))
+    wanted[axis] = 1
+    try:
+        whole = np.broadcast_to(mask, wanted)
+    except ValueError:
+        raise ValueError(f"mask must be broadcastable to x with one channel, {tuple(wanted)}, not {mask.shape}") from None
+    return np.broadcast_to(whole, shape_of(x))
+
+
+cdef bint one_place_each(cnp.ndarray a):
+    """Whether no two elements share memory."""
+    if cnp.PyArray_IS_C_CONTIGUOUS(a):
+        return True
+    steps = sorted((abs(stride), size) for stride, size in zip((<object> a).strides, shape_of(a)) if size > 1)
+    reach = a.itemsize
+    for stride, size in steps:
+        if stride < reach:  # the dimensions are interwoven, or overlap: count the places
+            places = np.zeros((), np.intp)
+            for stride, size in steps:
+                places = np.add.outer(places, stride * np.arange(size))
+            places = np.sort(places, axis=None)
+            return bool((np.diff(places) >= a.itemsize).all())
+        reach += stride * (size - 1)
+    return True
+
+
+cdef int check_out(out, cnp.ndarray x) except -1:
+    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+    if out.dtype != (<object> x).dtype:
+        raise TypeError(f"out must be of dtype {(<object> x).dtype}, not {out.dtype}")
+    if not cnp.PyArray_SAMESHAPE(out, x):
+        raise ValueError(f"out must have shape {shape_of(x)}, not {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, not read-only")
+    if not one_place_each(out):
+        raise ValueError(f"out must not overlap itself, as it does with shape {out.shape} and strides {out.strides}")
+    return 0
+
+
+cdef bint same_places(cnp.ndarray a, cnp.ndarray b):
+    """Whether each element of a lies exactly where b's does: then b is overwritten only after a was read."""
+    cdef int d
+    if cnp.PyArray_BYTES(a) != cnp.PyArray_BYTES(b) or cnp.PyArray_TYPE(a) != cnp.PyArray_TYPE(b):
+        return False
+    for d in range(cnp.PyArray_NDIM(b)):
+        if cnp.PyArray_STRIDES(a)[d] != cnp.PyArray_STRIDES(b)[d] and cnp.PyArray_DIMS(b)[d] > 1:
+            return False
+    return True
+
+
+cdef bint shared(a, b):
+    """Whether they share memory; an undecidable case counts as if."""
+    try:
+        return np.shares_memory(a, b, max_work=1000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+cdef cnp.ndarray apart(cnp.ndarray a, cnp.ndarray out):
+    """An input that is safe to read while `out` is written: itself, or a copy if they overlap in part."""
+    if out is None or not shared(a, out):
+        return a
+    return (<object> a).copy(order="K")
+
+
+cdef int plan_walk(Job *job, cnp.ndarray x, int axis) except -1:
+    """Choose the walk, the units of work and the chunks, by shape and order of memory only."""
+    cdef View *v = &job.x
+    cdef Py_ssize_t size
+    job.interleaved = job.S > 1 and job.C > 1 and 0 < abs(v.channel_stride) < abs(v.stride[v.ndim - 1])
+    if job.interleaved:
+        # A sample that stays in the last level cache is swept whole; else in strips of at least 64 channels.
+        # The bound is a constant because strips, unlike threads, may change bits.
+        job.unit_groups = job.G
+        if job.C * job.S > 1 << 22:
+            job.unit_groups = min(job.G, (64 + job.K - 1) // job.K)
+        job.units = job.N * ((job.G + job.unit_groups - 1) // job.unit_groups)
+        size, grain = job.S, 512
+        job.chunk = max(64, (1 << 16) // job.C)
+    else:
+        job.unit_groups = 1
+        job.units = job.N * job.G
+        size = job.K * job.S
+        job.chunk = 1 << 16
+        grain = 2048
+    job.chunk = max(job.chunk, (size + 255) // 256)
+    job.chunk = (job.chunk + grain - 1) // grain * grain
+    job.chunks = (size + job.chunk - 1) // job.chunk
+    return 0
+
+
+cdef int view_x(Job *job, cnp.ndarray x, num_groups, axis_argument, int *axis_out) except -1:
+    cdef Py_ssize_t ndim = cnp.PyArray_NDIM(x), axis, size = 1, d
+    if ndim < 2:
+        raise ValueError(f"x must have at least 2 dimensions, samples and channels, not shape {shape_of(x)}")
+    axis = integer(axis_argument, "axis")
+    if not -ndim <= axis < ndim or axis % ndim == 0:
+        raise ValueError(f"axis must be the channels' of {ndim} dimensions and not the first, not {axis}")
+    axis = (axis + ndim) % ndim
+    job.N = cnp.PyArray_DIMS(x)[0]
+    job.C = cnp.PyArray_DIMS(x)[axis]
+    job.G = integer(num_groups, "num_groups")
+    if job.G < 1:
+        raise ValueError(f"num_groups must be at least 1, not {job.G}")
+    if job.C % job.G:
+        raise ValueError(f"num_groups must divide the number of channels, {job.C}, not be {job.G}")
+    job.K = job.C // job.G
+    for d in range(1, ndim):
+        if d != axis:
+            size *= cnp.PyArray_DIMS(x)[d]
+    job.S = size
+    axis_out[0] = axis
+    view(&job.x, x, axis)
+    plan_walk(job, x, axis)
+    return 0
+
+
+# ---- the functions ---------------------------------------------------------------------------------
+
+
+cdef struct Call:
+    Job job
+    Plan plan
+    int axis
+
+
+cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
+    """x as an array, with the call's shapes, strides and walk."""
+    cdef cnp.ndarray a = as_array(x, "x")
+    cdef Job *job = &call.job
+    job.weight.data = job.bias.data = job.residual.data = job.mask.data = NULL
+    job.count = NULL
+    job.mean = job.m2 = NULL
+    job.activation = IDENTITY
+    view_x(job, a, num_groups, axis, &call.axis)
+    call.plan.job = job
+    call.plan.merge = kernel.merge
+    call.plan.moments = kernel.moments[job.x.storage == FLOAT64]
+    call.plan.affine = NULL
+    return a
+
+
+cdef int use_statistics(Job *job, moments) except -1:
+    """Point the job at the arrays of these Moments, which the caller keeps alive."""
+    job.count = <int64_t *> cnp.PyArray_DATA(moments.count)
+    job.mean = <double *> cnp.PyArray_DATA(moments.mean)
+    job.m2 = <double *> cnp.PyArray_DATA(moments.m2)
+    return 0
+
+
+cdef empty_moments(Job *job):
+    shape = (job.N, job.G)
+    return Moments._trusted(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
+
+
+cdef checked_moments(Job *job, moments):
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments must be gn_fast.Moments, not {type(moments).__name__}")
+    if moments.count.shape != (job.N, job.G):
+        raise ValueError(f"moments must have shape ({job.N}, {job.G}), samples and groups, not {moments.count.shape}")
+    return Moments._trusted(*(np.ascontiguousarray(a) for a in (moments.count, moments.mean, moments.m2)))
+
+
+def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None, activation=None,
+               mask=None, moments=None, out=None, return_moments=False, num_threads=None):
+    """Group normalization."""
+    cdef Call call
+    cdef Job *job = &call.job
+    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), y, w, b, r, m, target = None
+    job.eps = checked_eps(eps)
+    if num_threads is not None:
+        num_threads = _thread_count(num_threads, "num_threads")
+    if activation is not None:
+        job.activation = checked_activation(activation)
+    if out is not None:
+        check_out(out, a)
+        if cnp.PyArray_ISBEHAVED(out):
+            target = out
+        if not same_places(a, out):
+            a = apart(a, out)
+            view(&job.x, a, call.axis)
+    if weight is not None:
+        w = apart(as_array(weight, "weight"), out)
+        view_of_channels(&job.weight, w, "weight", job)
+    if bias is not None:
+        b = apart(as_array(bias, "bias"), out)
+        view_of_channels(&job.bias, b, "bias", job)
+    if residual is not None:
+        r = as_array(residual, "residual")
+        if not cnp.PyArray_SAMESHAPE(r, a):
+            raise ValueError(f"residual must have x's shape {shape_of(a)}, not {shape_of(r)}")
+        if out is not None and not same_places(r, out):
+            r = apart(r, out)
+        view(&job.residual, r, call.axis)
+    if mask is not None:
+        m = apart(checked_mask(mask, a, call.axis), out)
+        view(&job.mask, m, call.axis)
+    statistics = None
+    if moments is not None:
+        statistics = checked_moments(job, moments)
+        call.plan.moments = NULL
+    elif return_moments:
+        statistics = empty_moments(job)
+    if statistics is not None:
+        use_statistics(job, statistics)
+    y = target
+    if y is None:
+        y = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
+    view(&job.y, y, call.axis)
+    job.y.buffered = job.y.data == job.x.data
+    call.plan.affine = kernel.affine[job.x.storage == FLOAT64]
+    run(&call.plan, job.x.itemsize, num_threads)
+    result = y
+    if out is not None:
+        if target is None:
+            out[...] = y
+        result = out
+    elif type(x) is not np.ndarray and isinstance(x, np.ndarray):
+        result = x.__array_wrap__(y)
+    return (result, moments or statistics) if return_moments else result
+
+
+def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
+    """Count, mean and sum of squared deviations."""
+    cdef Call call
+    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), m
+    if num_threads is not None:
+        num_threads = _thread_count(num_threads, "num_threads")
+    if mask is not None:
+        m = checked_mask(mask, a, call.axis)
+        view(&call.job.mask, m, call.axis)
+    statistics = empty_moments(&call.job)
+    use_statistics(&call.job, statistics)
+    run(&call.plan, call.job.x.itemsize, num_threads)
+    return statistics

@@ -1,0 +1,249 @@
+# The activations and their derivatives, for float and double, over a tile in L1: only + - * /, comparisons
+# and shifts, so every compiler and ISA level gives the same bits. Included by the kernel, which declares
+# `real` and `Activation`; the memory walks live there.
+#
+# silu, gelu and gelu_tanh are z*S(z) with S(-z) = 1 - S(z), so with a = |z| and T(a) = a*S(-a)
+#
+#     act(z) = relu(z) - T(a)        act'(z) = T'(a) if z < 0 else 1 - T'(a)
+#
+# T is positive and falls as exp does: the negative tail keeps its relative accuracy down to the subnormals,
+# and the positive side is never the difference of close numbers (T <= z/2). exp comes as a quotient num/den,
+# so that each activation divides once, at its end.
+
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memcpy
+
+
+cdef inline real at_most(real x, real bound) noexcept nogil:
+    return bound if x > bound else x        # NaN stays
+
+
+cdef inline real relu(real z) noexcept nogil:
+    return <real>0 if z < 0 else z                # NaN stays
+
+
+cdef inline real slope(real z, real tail) noexcept nogil:
+    return tail if z < 0 else <real>1 - tail
+
+
+cdef inline real unit(real x) noexcept nogil:
+    """What stands for 1 next to exp_minus: large enough that exp(-x) is normal wherever an activation is not 0,
+    small enough for its square times exp(22)."""
+    if real is float:
+        return <real>68719476736            # 2^36
+    else:
+        return <real>1.6069380442589903e60  # 2^200
+
+
+cdef inline real exp_minus(real x, real excess) noexcept nogil:
+    """unit * exp(excess - x), for -20 <= x <= 112 (float) or 850 (double)."""
+    cdef real t, n, r, q
+    cdef uint32_t bits32
+    cdef uint64_t bits64
+    # exp(-x) = 2^n exp(-r), n = -round(x / ln 2). Adding 1.5 * 2^23 (2^52) rounds, and leaves n in the low bits,
+    # here with the bias of the exponent and of the unit. ln 2 = high + low (Cody & Waite 1980), with high short
+    # enough (16 + 8 bits, 42 + 11 bits) for x + n * high to be exact.
+    # exp(-r) = 1 - r + r^2 q(r) on |r| <= ln(2)/2, q by Remez exchange for the least relative error of the sum:
+    # 2^-28.2 (float), 2^-57.9 (double).
+    if real is float:
+        t = <real>(12582912 + 127 + 36) - (x - excess) * <real>1.4426950408889634
+        n = t - <real>(12582912 + 127 + 36)
+        r = (x + n * <real>0.693145751953125 - excess) + n * <real>1.4286068203094172e-6
+        q = (((<real>1.38143199e-3 * r - <real>8.36885108e-3) * r + <real>4.16684011e-2) * r
+             - <real>1.66665195e-1) * r + <real>4.99999934e-1
+        memcpy(&bits32, &t, 4)
+        bits32 <<= 23
+        memcpy(&t, &bits32, 4)
+    else:
+        t = <real>(6755399441055744 + 1023 + 200) - (x - excess) * <real>1.4426950408889634
+        n = t - <real>(6755399441055744 + 1023 + 200)
+        r = (x + n * <real>0.69314718055989033 - excess) + n * <real>5.4979230187083712e-14
+        q = (((((((((<real>-2.4999857366796424e-8 * r + <real>2.7630523482066208e-7) * r
+             - <real>2.7557588425328419e-6) * r + <real>2.4801492388265001e-5) * r
+             - <real>1.9841269502734520e-4) * r + <real>1.3888888944249190e-3) * r
+             - <real>8.3333333334969279e-3) * r + <real>4.1666666666528104e-2) * r
+             - <real>1.6666666666666408e-1) * r + <real>5.0000000000000108e-1)
+        memcpy(&bits64, &t, 8)
+        bits64 <<= 52
+        memcpy(&t, &bits64, 8)
+    return (<real>1 - (r - r * r * q)) * t
+
+
+cdef inline void mills(real a, real *p, real *g) noexcept nogil:
+    """exp(a^2/2) Phi(-a) = p/(sqrt(2 pi) a p + g): Mills' ratio with its asymptote split off, so that the error of p
+    cancels. Remez exchange for the least relative error on a <= 13.3 (float, 2^-26) and 39 (double, 2^-57.8)."""
+    if real is float:
+        p[0] = (((a + <real>9.42991219) * a + <real>41.1016293) * a + <real>95.4951166) * a + <real>104.872499
+        g[0] = (((<real>0.000287685851 * a + <real>2.49401248) * a + <real>23.8739785) * a
+                + <real>95.4663562) * a + <real>209.744994
+    else:
+        p[0] = (((((((((a + <real>29.979156726455763) * a + <real>443.81633222558753) * a
+                + <real>4211.4328652081185) * a + <real>28137.109354934844) * a
+                + <real>137676.96504408741) * a + <real>498769.27386137762) * a
+                + <real>1322136.7150469404) * a + <real>2464089.8292549821) * a
+                + <real>2940627.4935584073) * a + <real>1735704.7802167055
+        g[0] = ((((((((<real>2.5066282744327872 * a + <real>75.146601937882167) * a
+                + <real>1107.4693073057201) * a + <real>10406.203661027506) * a
+                + <real>68329.369089086264) * a + <real>324743.59859549906) * a
+                + <real>1120106.9629591019) * a + <real>2723945.374305483) * a
+                + <real>4300272.4011067171) * a + <real>3471409.560433411
+
+
+cdef inline real exp_silu(real z, real *a) noexcept nogil:
+    """exp(-a), a = |z| up to where T(a) rounds to 0."""
+    if real is float:
+        a[0] = at_most(abs(z), <real>110)
+    else:
+        a[0] = at_most(abs(z), <real>755)
+    return exp_minus(a[0], <real>0)
+
+
+cdef inline real exp_gelu(real z, real *a) noexcept nogil:
+    """exp(-a^2/2): the square of a rounded to 2^-8 (2^-21) is exact, the rest is excess."""
+    cdef real near
+    if real is float:
+        a[0] = at_most(abs(z), <real>14.5)
+        near = (a[0] + <real>49152) - <real>49152               # 1.5 * 2^(23 - 8)
+    else:
+        a[0] = at_most(abs(z), <real>39)
+        near = (a[0] + <real>3221225472) - <real>3221225472     # 1.5 * 2^(52 - 21)
+    return exp_minus(<real>0.5 * near * near, <real>0.5 * (near - a[0]) * (near + a[0]))
+
+
+cdef inline real exp_gelu_tanh(real z, real *a) noexcept nogil:
+    """exp(-w), w = 2 sqrt(2/pi) (a + 0.044715 a^3) = c1 a + c3 a^3: w is exact at near = m h, m integer, where h is
+    such that c3 h^3 = 2^-17 (2^-43) and c1 h is cut to a multiple of it; the rest is excess."""
+    cdef real m, gap, near, w, excess
+    if real is float:
+        a[0] = at_most(abs(z), <real>10.875)
+        m = (a[0] * <real>21.0690234 + <real>12582912) - <real>12582912
+        gap = (m * <real>0.04746341705322265625 - a[0]) - m * <real>3.72401736e-7     # m h - a, h = high - low
+        w = m * (<real>0.07573699951171875 + <real>7.62939453125e-6 * (m * m))        # 9927/2^17, 1/2^17
+        excess = m * <real>-3.06156052e-6
+    else:
+        a[0] = at_most(abs(z), <real>21.75)
+        m = (a[0] * <real>8561.9174304513864 + <real>6755399441055744) - <real>6755399441055744
+        gap = (m * <real>0.000116796267672469866738538257778 - a[0]) + m * <real>3.9879801159344763e-16
+        w = m * (<real>0.000186379877504805335775017738342 + <real>1.1368683772161602974e-13 * (m * m))
+        excess = m * <real>3.3643904729883367e-14
+    near = a[0] + gap
+    excess += gap * (<real>1.5957691216057308 + <real>0.07135481627260025 * ((near + a[0]) * (near + a[0]) - near * a[0]))    # w(near) - w(a)
+    return exp_minus(w, excess)
+
+
+cdef inline real silu(real z) noexcept nogil:
+    cdef real a, e
+    e = exp_silu(z, &a)
+    return relu(z) - a * e / (unit(z) + e)
+
+
+cdef inline real gelu(real z) noexcept nogil:
+    cdef real a, e, p, g
+    e = exp_gelu(z, &a)
+    mills(a, &p, &g)
+    p *= a
+    return relu(z) - p * e / (unit(z) * (<real>2.5066282746310005 * p + g))
+
+
+cdef inline real gelu_tanh(real z) noexcept nogil:
+    cdef real a, e
+    e = exp_gelu_tanh(z, &a)
+    return relu(z) - a * e / (unit(z) + e)
+
+
+cdef inline real logistic_slope(real b, real e) noexcept nogil:
+    """T' of T = a e/(1 + e), e = exp(-w): e (e + b)/(1 + e)^2, b = 1 - a w'."""
+    cdef real one = unit(b)
+    return e * (e + b * one) / ((one + e) * (one + e))
+
+
+cdef inline real silu_slope(real z) noexcept nogil:
+    cdef real a, e
+    e = exp_silu(z, &a)
+    return slope(z, logistic_slope(<real>1 - a, e))
+
+
+cdef inline real gelu_slope(real z) noexcept nogil:
+    """T' = Phi(-a) - a phi(a)."""
+    cdef real a, e, p, g, d
+    e = exp_gelu(z, &a)
+    mills(a, &p, &g)
+    d = <real>2.5066282746310005 * (a * p) + g
+    return slope(z, e * (p * (<real>1 - a * a) - <real>0.3989422804014327 * a * g) / (unit(z) * d))
+
+
+cdef inline real gelu_tanh_slope(real z) noexcept nogil:
+    cdef real a, e, b
+    e = exp_gelu_tanh(z, &a)
+    b = (<real>1 - <real>1.5957691216057308 * a) - <real>0.2140644488178007 * (a * a * a)
+    return slope(z, logistic_slope(b, e))
+
+
+# mish has no such symmetry. With e = exp(z) and n = e(e + 2), tanh(log(1 + e)) = n/(n + 2): no cancellation.
+
+cdef inline real exp_mish(real z, real *c) noexcept nogil:
+    """exp(c), c = z between where mish rounds to 0 and where it is z."""
+    cdef real x = -z
+    if real is float:
+        x = at_most(x, <real>110)
+        x = <real>-11 if x < -11 else x
+    else:
+        x = at_most(x, <real>755)
+        x = <real>-20 if x < -20 else x
+    c[0] = -x
+    return exp_minus(x, <real>0)
+
+
+cdef inline real mish(real z) noexcept nogil:
+    cdef real c, e, n, one = unit(z)
+    e = exp_mish(z, &c)
+    n = e * e + e * (one + one)
+    return z if z > c else c * n / (n + (one + one) * one)
+
+
+cdef inline real mish_slope(real z) noexcept nogil:
+    """(n (n + 2) + 4 z e (e + 1))/(n + 2)^2 = e (4 (1 + z) + (6 + 4 z) e + 4 e^2 + e^3)/(n + 2)^2."""
+    cdef real c, e, d
+    e = exp_mish(z, &c) / unit(z)
+    d = e * e + (e + e) + <real>2
+    return e * (((e + <real>4) * e + (<real>4 * c + <real>6)) * e + <real>4 * (c + <real>1)) / (d * d)
+
+
+cdef void activate(int kind, real *y, Py_ssize_t n) noexcept nogil:
+    """y <- act(y)."""
+    cdef Py_ssize_t j
+    if kind == RELU:
+        for j in range(n):
+            y[j] = relu(y[j])
+    elif kind == SILU:
+        for j in range(n):
+            y[j] = silu(y[j])
+    elif kind == GELU:
+        for j in range(n):
+            y[j] = gelu(y[j])
+    elif kind == GELU_TANH:
+        for j in range(n):
+            y[j] = gelu_tanh(y[j])
+    elif kind == MISH:
+        for j in range(n):
+            y[j] = mish(y[j])
+
+
+cdef void activate_gradient(int kind, const real *z, real *dy, Py_ssize_t n) noexcept nogil:
+    """dy <- dy * act'(z)."""
+    cdef Py_ssize_t j
+    if kind == RELU:
+        for j in range(n):
+            dy[j] = <real>0 if z[j] <= 0 else dy[j]
+    elif kind == SILU:
+        for j in range(n):
+            dy[j] *= silu_slope(z[j])
+    elif kind == GELU:
+        for j in range(n):
+            dy[j] *= gelu_slope(z[j])
+    elif kind == GELU_TANH:
+        for j in range(n):
+            dy[j] *= gelu_tanh_slope(z[j])
+    elif kind == MISH:
+        for j in range(n):
+            dy[j] *= mish_slope(z[j])

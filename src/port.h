@@ -1,0 +1,122 @@
+/* The one place for what C, the compiler and the machine do differently: CPU detection, OpenMP or its
+   absence, fork, cache hints, and the conversions to and from the 16-bit types.  No arithmetic of the
+   normalization lives here. */
+#ifndef GN_FAST_PORT_H
+#define GN_FAST_PORT_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+/* ---- bits ------------------------------------------------------------------------------------- */
+
+static inline float gn_float_of_bits(uint32_t u) { float f; memcpy(&f, &u, sizeof f); return f; }
+static inline uint32_t gn_bits_of_float(float f) { uint32_t u; memcpy(&u, &f, sizeof u); return u; }
+
+/* The power of two at or below a normal positive v; 1 for zero, subnormals, inf and NaN. */
+static inline double gn_power_of_two(double v) {
+    uint64_t u;
+    memcpy(&u, &v, sizeof u);
+    u &= UINT64_C(0x7FF0000000000000);
+    if (u == 0 || u == UINT64_C(0x7FF0000000000000)) return 1.0;
+    memcpy(&v, &u, sizeof v);
+    return v;
+}
+
+/* ---- float16 and bfloat16 as uint16_t bit patterns ---------------------------------------------- */
+
+/* Branch-free, free of subnormal float32 operands (so DAZ does not matter); signalling NaNs become quiet,
+   as F16C does it. */
+static inline float gn_from_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = (uint32_t)(h & 0x7FFFu) << 13;
+    uint32_t normal = magnitude + (112u << 23);
+    uint32_t special = magnitude | 0x7F800000u | (magnitude > 0x0F800000u ? 0x00400000u : 0u);
+    uint32_t subnormal = gn_bits_of_float(gn_float_of_bits(magnitude + (113u << 23)) - gn_float_of_bits(113u << 23));
+    uint32_t u = magnitude < 0x00800000u ? subnormal : magnitude >= 0x0F800000u ? special : normal;
+    return gn_float_of_bits(sign | u);
+}
+
+/* Round to nearest even.  Below 2^-14 adding 0.5 lets the FPU round at the half's fixed spacing of 2^-24. */
+static inline uint16_t gn_to_half(float f) {
+    uint32_t u = gn_bits_of_float(f), sign = (u >> 16) & 0x8000u;
+    u &= 0x7FFFFFFFu;
+    uint32_t nan = 0x7E00u | ((u >> 13) & 0x03FFu);
+    uint32_t normal = (u - (112u << 23) + 0x0FFFu + ((u >> 13) & 1u)) >> 13;
+    uint32_t subnormal = gn_bits_of_float(gn_float_of_bits(u) + 0.5f) - gn_bits_of_float(0.5f);
+    uint32_t h = u < (113u << 23) ? subnormal : u < 0x477FF000u ? normal : u <= 0x7F800000u ? 0x7C00u : nan;
+    return (uint16_t)(sign | h);
+}
+
+static inline float gn_from_bfloat(uint16_t b) { return gn_float_of_bits((uint32_t)b << 16); }
+
+static inline uint16_t gn_to_bfloat(float f) {
+    uint32_t u = gn_bits_of_float(f);
+    uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16, nan = (u >> 16) | 0x0040u;
+    return (uint16_t)((u & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
+}
+
+static inline void gn_widen_half(const uint16_t *h, float *f, ptrdiff_t n) {
+    ptrdiff_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) _mm256_storeu_ps(f + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(h + i))));
+#endif
+    for (; i < n; i++) f[i] = gn_from_half(h[i]);
+}
+
+static inline void gn_narrow_half(const float *f, uint16_t *h, ptrdiff_t n) {
+    ptrdiff_t i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i *)(h + i), _mm256_cvtps_ph(_mm256_loadu_ps(f + i), 0));
+#endif
+    for (; i < n; i++) h[i] = gn_to_half(f[i]);
+}
+
+/* ---- memory ------------------------------------------------------------------------------------- */
+
+#if defined(__GNUC__)
+#define gn_prefetch(address) __builtin_prefetch(address)
+#else
+#define gn_prefetch(address) ((void)(address))
+#endif
+
+/* memcpy whose stores bypass the caches: no line is read only to be overwritten.  gn_stream_end orders
+   the stores before whatever the thread does next. */
+static inline void gn_stream(void *to, const void *from, size_t bytes) {
+#if defined(__SSE2__)
+    char *t = (char *)to;
+    const char *f = (const char *)from;
+    size_t head = (size_t)(-(uintptr_t)t & 63);
+    if (head > bytes) head = bytes;
+    memcpy(t, f, head);
+    t += head, f += head, bytes -= head;
+    for (; bytes >= 64; bytes -= 64, t += 64, f += 64) {
+#if defined(__AVX512F__)
+        _mm512_stream_si512((void *)t, _mm512_loadu_si512(f));
+#elif defined(__AVX__)
+        _mm256_stream_si256((__m256i *)t, _mm256_loadu_si256((const __m256i *)f));
+        _mm256_stream_si256((__m256i *)(t + 32), _mm256_loadu_si256((const __m256i *)(f + 32)));
+#else
+        for (int i = 0; i < 64; i += 16)
+            _mm_stream_si128((__m128i *)(t + i), _mm_loadu_si128((const __m128i *)(f + i)));
+#endif
+    }
+    memcpy(t, f, bytes);
+#else
+    memcpy(to, from, bytes);
+#endif
+}
+
+static inline void gn_stream_end(void) {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+#endif

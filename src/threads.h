@@ -1,0 +1,65 @@
+/* OpenMP, or its absence; and what the machine says of its caches and its instruction sets.  Only the
+   door includes this file: the kernels know nothing of threads. */
+#ifndef GN_FAST_THREADS_H
+#define GN_FAST_THREADS_H
+
+#include <stddef.h>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#ifdef _OPENMP
+#include <omp.h>
+#define GN_OPENMP _OPENMP
+#else
+#define GN_OPENMP 0
+static inline int omp_get_max_threads(void) { return 1; }
+static inline int omp_get_num_procs(void) { return 1; }
+static inline int omp_get_thread_num(void) { return 0; }
+static inline int omp_in_parallel(void) { return 0; }
+#endif
+
+/* libgomp's worker threads do not survive a fork, and a child that opens a parallel region waits for them
+   for ever.  Releasing the workers before every fork (they are started again on demand) cures it. */
+#if defined(_OPENMP) && _OPENMP >= 201811 && (defined(__unix__) || defined(__APPLE__))
+static void gn_release_workers(void) { omp_pause_resource_all(omp_pause_soft); }
+static inline int gn_survive_fork(void) { return pthread_atfork(gn_release_workers, NULL, NULL); }
+#else
+static inline int gn_survive_fork(void) { return 0; }
+#endif
+
+/* The x86-64 psABI level that both the CPU and the operating system support: 2, 3 or 4 (1 for less, 0 on
+   other machines).  Bits: Intel SDM volume 2, CPUID; x86-64 psABI, table 3.1. */
+static inline int gn_x86_64_level(void) {
+#if defined(__x86_64__)
+    unsigned a, b, c, d, b7, x, xcr0 = 0, top;
+    const unsigned v2 = 1u << 0 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 23; /* sse3 ssse3 cx16 sse4.1 sse4.2 popcnt */
+    const unsigned v3 = 1u << 12 | 1u << 22 | 1u << 27 | 1u << 28 | 1u << 29;          /* fma movbe osxsave avx f16c */
+    const unsigned v3_7 = 1u << 3 | 1u << 5 | 1u << 8;                                  /* bmi1 avx2 bmi2 */
+    const unsigned v4_7 = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;        /* avx512 f dq cd bw vl */
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & v2) != v2) return 1;
+    if ((c & v3) != v3 || !__get_cpuid_count(7, 0, &a, &b7, &x, &d)) return 2;
+    if (!__get_cpuid(0x80000001u, &a, &b, &top, &d) || !(top & 1u << 5)) return 2; /* lzcnt */
+    __asm__("xgetbv" : "=a"(xcr0), "=d"(d) : "c"(0));
+    if ((b7 & v3_7) != v3_7 || (xcr0 & 0x06) != 0x06) return 2; /* the system saves ymm */
+    return (b7 & v4_7) == v4_7 && (xcr0 & 0xE6) == 0xE6 ? 4 : 3; /* and zmm and the masks */
+#else
+    return 0;
+#endif
+}
+
+/* Bytes of the level 2 and last level caches; 1 MiB and 32 MiB where the system does not say. */
+static inline size_t gn_cache_bytes(int level) {
+    long bytes = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
+    bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+#endif
+    return bytes > 0 ? (size_t)bytes : level == 2 ? (size_t)1 << 20 : (size_t)32 << 20;
+}
+
+#endif

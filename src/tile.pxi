@@ -1,0 +1,184 @@
+# Tiles: some thousand values of an array in the compute type, in L1.  Storage types, strides and streaming
+# stores live in this file and nowhere else.
+
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
+from libc.string cimport memcpy
+
+cdef extern from "port.h" nogil:
+    float gn_from_half(uint16_t)
+    uint16_t gn_to_half(float)
+    float gn_from_bfloat(uint16_t)
+    uint16_t gn_to_bfloat(float)
+    void gn_widen_half(const uint16_t *, float *, Py_ssize_t)
+    void gn_narrow_half(const float *, uint16_t *, Py_ssize_t)
+    void gn_stream(void *, const void *, size_t)
+
+cdef enum:
+    PACKET = 256  # values gathered at a time from strided memory
+
+cdef struct Span:  # the part of an array that a tile holds, from sample n, channel c, position s on
+    Py_ssize_t n, c, s
+    Py_ssize_t rows, lanes  # planar: one row of values; interleaved: positions x channels
+
+
+cdef void widen(Storage storage, const void *memory, real *tile, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j
+    if storage == FLOAT32:
+        for j in range(n):
+            tile[j] = (<const float *> memory)[j]
+    elif storage == FLOAT64:
+        for j in range(n):
+            tile[j] = <real> (<const double *> memory)[j]
+    elif storage == BFLOAT16:
+        for j in range(n):
+            tile[j] = gn_from_bfloat((<const uint16_t *> memory)[j])
+    elif storage == BOOL:
+        for j in range(n):
+            tile[j] = (<const uint8_t *> memory)[j] != 0
+    elif real is float:
+        gn_widen_half(<const uint16_t *> memory, tile, n)
+    else:
+        for j in range(n):
+            tile[j] = gn_from_half((<const uint16_t *> memory)[j])
+
+
+cdef void narrow(Storage storage, const real *tile, void *memory, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j
+    if storage == FLOAT32:
+        for j in range(n):
+            (<float *> memory)[j] = <float> tile[j]
+    elif storage == FLOAT64:
+        for j in range(n):
+            (<double *> memory)[j] = tile[j]
+    elif storage == BFLOAT16:
+        for j in range(n):
+            (<uint16_t *> memory)[j] = gn_to_bfloat(<float> tile[j])
+    elif real is float:
+        gn_narrow_half(tile, <uint16_t *> memory, n)
+    else:
+        for j in range(n):
+            (<uint16_t *> memory)[j] = gn_to_half(<float> tile[j])
+
+
+cdef void gather(const char *p, Py_ssize_t stride, Py_ssize_t size, void *packet, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j
+    if size == 4:
+        for j in range(n):
+            (<uint32_t *> packet)[j] = (<const uint32_t *> (p + j * stride))[0]
+    elif size == 8:
+        for j in range(n):
+            (<uint64_t *> packet)[j] = (<const uint64_t *> (p + j * stride))[0]
+    elif size == 2:
+        for j in range(n):
+            (<uint16_t *> packet)[j] = (<const uint16_t *> (p + j * stride))[0]
+    else:
+        for j in range(n):
+            (<uint8_t *> packet)[j] = (<const uint8_t *> (p + j * stride))[0]
+
+
+cdef void scatter(const void *packet, Py_ssize_t size, char *p, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j
+    if size == 4:
+        for j in range(n):
+            (<uint32_t *> (p + j * stride))[0] = (<const uint32_t *> packet)[j]
+    elif size == 8:
+        for j in range(n):
+            (<uint64_t *> (p + j * stride))[0] = (<const uint64_t *> packet)[j]
+    else:
+        for j in range(n):
+            (<uint16_t *> (p + j * stride))[0] = (<const uint16_t *> packet)[j]
+
+
+cdef void read_run(const View *v, const char *p, Py_ssize_t stride, real *tile, Py_ssize_t n) noexcept nogil:
+    cdef uint64_t packet[PACKET]
+    cdef Py_ssize_t i = 0, m
+    if stride == v.itemsize:
+        widen[real](v.storage, p, tile, n)
+        return
+    while i < n:
+        m = min(n - i, PACKET)
+        gather(p + i * stride, stride, v.itemsize, packet, m)
+        widen[real](v.storage, packet, tile + i, m)
+        i += m
+
+
+cdef void write_run(const View *v, char *p, Py_ssize_t stride, const real *tile, Py_ssize_t n) noexcept nogil:
+    cdef uint64_t packet[PACKET]
+    cdef Py_ssize_t i = 0, m
+    if stride == v.itemsize and not v.streamed:
+        narrow[real](v.storage, tile, p, n)
+    elif stride == v.itemsize and v.itemsize == sizeof(real):
+        gn_stream(p, tile, n * sizeof(real))
+    else:
+        while i < n:
+            m = min(n - i, PACKET)
+            narrow[real](v.storage, tile + i, packet, m)
+            if stride == v.itemsize:
+                gn_stream(p + i * stride, packet, m * v.itemsize)
+            else:
+                scatter(packet, v.itemsize, p + i * stride, stride, m)
+            i += m
+
+
+cdef inline char *address(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
+    cdef char *p = v.data + n * v.sample_stride + c * v.channel_stride
+    cdef int d
+    for d in range(v.ndim - 1, 0, -1):
+        p += (s % v.shape[d]) * v.stride[d]
+        s = s // v.shape[d]
+    return p + s * v.stride[0]
+
+
+cdef void move(const Job *job, const View *v, const Span *t, real *tile, bint store) noexcept nogil:
+    """Walk the runs of equal stride that make up a span, reading them into the tile or writing them from it."""
+    cdef Py_ssize_t inner = v.shape[v.ndim - 1], stride = v.stride[v.ndim - 1], total = t.rows * t.lanes
+    cdef Py_ssize_t c = t.c, s = t.s, done = 0, run
+    cdef bint flat
+    if job.interleaved:
+        stride = v.channel_stride
+        flat = v.ndim == 1 and v.stride[0] == t.lanes * stride
+    else:
+        flat = v.ndim == 1 and v.channel_stride == job.S * stride
+    while done < total:
+        if flat:
+            run = total
+        elif job.interleaved:
+            run = t.lanes
+        else:
+            run = min(total - done, inner - s % inner)
+        if store:
+            write_run[real](v, address(v, t.n, c, s), stride, tile + done, run)
+        else:
+            read_run[real](v, address(v, t.n, c, s), stride, tile + done, run)
+        done += run
+        if job.interleaved:
+            s += 1
+        else:
+            s += run
+            if s == job.S:
+                s = 0
+                c += 1
+
+
+cdef inline real *direct(const Job *job, const View *v, const Span *t, real *buffer, Py_ssize_t *row) noexcept nogil:
+    """Where to work on a span, and the distance of its rows: where it lies if it needs no conversion, else the buffer."""
+    cdef Py_ssize_t inner = v.shape[v.ndim - 1]
+    row[0] = t.lanes
+    if v.storage < FLOAT32 or v.itemsize != sizeof(real) or v.buffered:
+        return buffer
+    if job.interleaved:
+        if v.channel_stride != v.itemsize or v.ndim > 1 or v.stride[0] % v.itemsize:
+            return buffer
+        row[0] = v.stride[0] // v.itemsize
+    elif v.stride[v.ndim - 1] != v.itemsize:
+        return buffer
+    elif t.s % inner + t.lanes > inner and (v.ndim > 1 or v.channel_stride != job.S * v.itemsize):
+        return buffer
+    return <real *> address(v, t.n, t.c, t.s)
+
+
+cdef inline real *load(const Job *job, const View *v, const Span *t, real *buffer, Py_ssize_t *row) noexcept nogil:
+    cdef real *tile = direct[real](job, v, t, buffer, row)
+    if tile == buffer:
+        move[real](job, v, t, tile, False)
+    return tile
