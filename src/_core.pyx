@@ -137,13 +137,14 @@ cdef int storage_of(cnp.ndarray a) except -2:
 cdef cnp.ndarray as_array(value, str name):
     """Any array-like as an aligned ndarray in native byte order, of a floating storage type."""
     cdef cnp.ndarray a
+    cdef int storage
     if not cnp.PyArray_CheckExact(value):
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name} must not be a masked array: pass its data, and mask=~{name}.mask for the statistics")
         value = np.asarray(value)
     a = value
-    cdef int storage = storage_of(a)
-    if storage < 0 or storage == BOOL:
+    storage = storage_of(a)
+    if storage <= BOOL:
         if (<object> a).dtype.kind not in "iub":
             raise TypeError(f"{name} must be of dtype {_DTYPES}, not {(<object> a).dtype}")
         return (<object> a).astype(np.float64)
@@ -179,13 +180,15 @@ cdef int view(View *v, cnp.ndarray a, int axis) except -1:
     return 0
 
 
-cdef int view_of_channels(View *v, value, str name, Job *job) except -1:
-    """See a weight or bias of shape (C,) or (N, C) as an (N, C) array. The caller keeps `value` alive."""
-    cdef cnp.ndarray a = value
+cdef cnp.ndarray per_channel(View *v, value, str name, Job *job, out):
+    """See a weight or bias of shape (C,) or (N, C) as an (N, C) array; the caller keeps what is returned alive."""
+    cdef cnp.ndarray a = apart(as_array(value, name), out)
     cdef int ndim = cnp.PyArray_NDIM(a)
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
     if not (ndim == 1 and shape[0] == job.C or ndim == 2 and shape[0] == job.N and shape[1] == job.C):
         raise ValueError(f"{name} must have shape ({job.C},) or ({job.N}, {job.C}), not {shape_of(a)}")
+    if ndim == 1 and job.S < 16 and job.N > 1:  # used about as often as x: widened once, not for each sample
+        a = (<object> a).astype(np.float64)
     v.data = cnp.PyArray_BYTES(a)
     v.storage = <Storage> storage_of(a)
     v.itemsize = cnp.PyArray_ITEMSIZE(a)
@@ -193,7 +196,7 @@ cdef int view_of_channels(View *v, value, str name, Job *job) except -1:
     v.channel_stride = cnp.PyArray_STRIDES(a)[ndim - 1]
     v.ndim = v.shape[0] = 1
     v.stride[0] = 0
-    return 0
+    return a
 
 
 cdef shape_of(cnp.ndarray a):
@@ -209,9 +212,12 @@ cdef int checked_activation(value) except -1:
 
 
 cdef Py_ssize_t integer(value, str name) except? -1:
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+    if type(value) is not int and (isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer, not {value!r}")
-    return value.__index__()
+    try:
+        return value.__index__()
+    except OverflowError:
+        raise ValueError(f"{name} is out of range: {value!r}") from None
 
 
 cdef double checked_eps(value) except? -1:
@@ -256,17 +262,18 @@ cdef bint one_place_each(cnp.ndarray a):
     return True
 
 
-cdef int check_out(out, cnp.ndarray x) except -1:
-    if not isinstance(out, np.ndarray) or isinstance(out, np.ma.MaskedArray):
-        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
-    if out.dtype != (<object> x).dtype:
-        raise TypeError(f"out must be of dtype {(<object> x).dtype}, not {out.dtype}")
+cdef int check_out(value, cnp.ndarray x) except -1:
+    if not cnp.PyArray_Check(value) or (type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)):
+        raise TypeError(f"out must be a numpy.ndarray, not {type(value).__name__}")
+    cdef cnp.ndarray out = value
+    if not cnp.PyArray_EquivTypenums(cnp.PyArray_TYPE(out), cnp.PyArray_TYPE(x)):
+        raise TypeError(f"out must be of dtype {(<object> x).dtype}, not {(<object> out).dtype}")
     if not cnp.PyArray_SAMESHAPE(out, x):
-        raise ValueError(f"out must have shape {shape_of(x)}, not {out.shape}")
-    if not out.flags.writeable:
+        raise ValueError(f"out must have shape {shape_of(x)}, not {shape_of(out)}")
+    if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out must be writeable, not read-only")
     if not one_place_each(out):
-        raise ValueError(f"out must not overlap itself, as it does with shape {out.shape} and strides {out.strides}")
+        raise ValueError(f"out must not overlap itself, as shape {shape_of(out)} does with strides {value.strides}")
     return 0
 
 
@@ -281,8 +288,32 @@ cdef bint same_places(cnp.ndarray a, cnp.ndarray b):
     return True
 
 
-cdef bint shared(a, b):
-    """Whether they share memory; an undecidable case counts as if."""
+cdef char *extent(cnp.ndarray a, char **end):
+    """The first byte of an array, and the byte after its last."""
+    cdef char *start = cnp.PyArray_BYTES(a)
+    cdef Py_ssize_t reach
+    cdef int d
+    end[0] = start
+    if cnp.PyArray_SIZE(a) == 0:
+        return start
+    for d in range(cnp.PyArray_NDIM(a)):
+        reach = (cnp.PyArray_DIMS(a)[d] - 1) * cnp.PyArray_STRIDES(a)[d]
+        if reach < 0:
+            start += reach
+        else:
+            end[0] += reach
+    end[0] += cnp.PyArray_ITEMSIZE(a)
+    return start
+
+
+cdef bint shared(cnp.ndarray a, cnp.ndarray b):
+    """Whether they share memory; a case too hard to decide counts as if."""
+    cdef char *a_end
+    cdef char *b_end
+    cdef char *a_start = extent(a, &a_end)
+    cdef char *b_start = extent(b, &b_end)
+    if a_end <= b_start or b_end <= a_start:
+        return False
     try:
         return np.shares_memory(a, b, max_work=1000)
     except np.exceptions.TooHardError:
@@ -413,11 +444,9 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
             a = apart(a, out)
             view(&job.x, a, call.axis)
     if weight is not None:
-        w = apart(as_array(weight, "weight"), out)
-        view_of_channels(&job.weight, w, "weight", job)
+        w = per_channel(&job.weight, weight, "weight", job, out)
     if bias is not None:
-        b = apart(as_array(bias, "bias"), out)
-        view_of_channels(&job.bias, b, "bias", job)
+        b = per_channel(&job.bias, bias, "bias", job, out)
     if residual is not None:
         r = as_array(residual, "residual")
         if not cnp.PyArray_SAMESHAPE(r, a):

@@ -256,6 +256,27 @@ cdef inline Py_ssize_t next_rows(Py_ssize_t left, Py_ssize_t width, Py_ssize_t *
     return min(min(ROWS, AREA // (fold[0] * width) & ~3), left // fold[0]) * fold[0]
 
 
+cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ssize_t channels, double *one) noexcept nogil:
+    """The moments of a group from those of its lanes: some channels of each position of a row."""
+    cdef double pivot = lane[PIVOT * n], count = 0, sum1 = 0, sum2 = 0, shift, mean
+    cdef Py_ssize_t r, j
+    for r in range(0, n // width):
+        for j in range(r * width, r * width + channels):
+            count += lane[COUNT * n + j]
+            if lane[COUNT * n + j] > 0:
+                sum1 += lane[COUNT * n + j] * ((lane[PIVOT * n + j] - pivot) + lane[SHIFT * n + j])
+    mean = sum1 / max(count, 1.0)
+    for r in range(0, n // width):
+        for j in range(r * width, r * width + channels):
+            if lane[COUNT * n + j] > 0:
+                shift = ((lane[PIVOT * n + j] - pivot) + lane[SHIFT * n + j]) - mean
+                sum2 += lane[M2 * n + j] + lane[COUNT * n + j] * (shift * shift)
+    one[COUNT] = count
+    one[PIVOT] = pivot
+    one[SHIFT] = mean
+    one[M2] = sum2
+
+
 cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *stats, real _) noexcept nogil:
     cdef real xtile[AREA]
     cdef real mtile[AREA]
@@ -266,7 +287,7 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
     cdef double group[4]
     cdef Py_ssize_t strips = job.units // job.N, first = unit % strips * job.unit_groups
     cdef Py_ssize_t groups = min(job.unit_groups, job.G - first), c = first * job.K, end = c + groups * job.K
-    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, j, g, field
+    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, j, i, run, g, field
     cdef const real *x
     cdef const real *mask = NULL
     cdef Span t
@@ -274,7 +295,7 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
     while c < end:
         width = strip(job, c, end)
         n = max(1, WIDTH // 4 // width) * width
-        memset(lane, 0, sizeof(lane))
+        memset(lane, 0, 4 * n * sizeof(double))
         t.c = c
         t.s = chunk * job.chunk
         t.lanes = width
@@ -288,74 +309,70 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
             if job.mask.data != NULL:
                 mask = load[real](job, &job.mask, &t, mtile, &j)
             if fold * width < n:
-                memset(block, 0, sizeof(block))
+                memset(block, 0, 4 * n * sizeof(double))
             interleaved_block[real](x, row * fold, mask, t.rows // fold, fold * width, copy, block, n)
             merge(lane, block, n)
             t.s += t.rows
-        for j in range(n):
-            g = (c + j % width) // job.K - first
+        i = 0
+        while i < width:
+            run = min(width - i, job.K - (c + i) % job.K)
+            g = (c + i) // job.K - first
+            gather_lanes(lane + i, n, width, run, one)
             for field in range(4):
-                one[field] = lane[field * n + j]
                 group[field] = stats[field * groups + g]
             merge(group, one, 1)
             for field in range(4):
                 stats[field * groups + g] = group[field]
+            i += run
         c += width
 
 
 # ---- the affine ------------------------------------------------------------------------------------
 
 
-cdef void parameters(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const double *stats,
-                     Py_ssize_t groups, Py_ssize_t first, real *power, real *mean, real *scale, real *shift) noexcept nogil:
-    """For channels from c on: act((x * power - mean) * scale + shift) is the normalized, weighted and biased x.
+cdef struct Standard:  # a group's part of the affine: x * power - mean - rest is (x - mean) * rstd / factor
+    double power, mean, rest, factor
 
-    The mean's own rounding error, up to 3% of a standard deviation where mean/std is 1e6, moves into the shift.
-    The power of two near rstd costs no bit and keeps every factor in range for any finite x.
-    """
-    cdef double weight[WIDTH]
-    cdef double bias[WIDTH]
-    cdef double m, rstd, rest, factor
-    cdef real hi, near
-    cdef Py_ssize_t g, i = 0, stop
+
+cdef inline void standardize(const double *stats, Py_ssize_t groups, Py_ssize_t g, double eps, Standard *z, real _) noexcept nogil:
+    """Split the mean into a value of the compute type and the rest, up to 3% of a standard deviation where mean/std is
+    1e6. The power of two near rstd costs no bit and keeps all factors in range for any finite x."""
+    cdef double mean = stats[PIVOT * groups + g] + stats[SHIFT * groups + g]
+    cdef double rstd = 1 / sqrt(stats[M2 * groups + g] / max(stats[COUNT * groups + g], 1.0) + eps)
+    z.power = power_near(rstd)
+    if not -1e30 < mean * z.power < 1e30:
+        z.power = 1
+    z.mean = <real> (mean * z.power)
+    z.rest = mean * z.power - z.mean
+    z.factor = rstd / z.power
+
+
+cdef inline const double *values_of_channels(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels,
+                                             double absent, double *buffer) noexcept nogil:
+    """A weight's or bias's values, where they lie if they are contiguous float64."""
+    cdef Py_ssize_t i
+    if v.data == NULL:
+        for i in range(channels):
+            buffer[i] = absent
+    elif v.storage == FLOAT64 and v.channel_stride == sizeof(double):
+        return <const double *> address(v, n, c, 0)
+    else:
+        read_run[double](v, address(v, n, c, 0), v.channel_stride, buffer, channels)
+    return buffer
+
+
+cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z,
+                real *scale, real *shift) noexcept nogil:
+    """For channels of one group: (x * power - mean) * scale + shift is the normalized, weighted and biased x."""
+    cdef double buffer[2][WIDTH]
+    cdef const double *weight = values_of_channels(&job.weight, n, c, channels, 1, buffer[0])
+    cdef const double *bias = values_of_channels(&job.bias, n, c, channels, 0, buffer[1])
+    cdef double factor = z.factor, rest = z.rest
+    cdef Py_ssize_t i
     for i in range(channels):
-        weight[i] = 1
-        bias[i] = 0
-    if job.weight.data != NULL:
-        read_run[double](&job.weight, address(&job.weight, n, c, 0), job.weight.channel_stride, weight, channels)
-    if job.bias.data != NULL:
-        read_run[double](&job.bias, address(&job.bias, n, c, 0), job.bias.channel_stride, bias, channels)
-    stop = 0
-    while stop < channels:
-        i = stop
-        g = (c + i) // job.K - first
-        stop = min(channels, (first + g + 1) * job.K - c)
-        m = stats[PIVOT * groups + g] + stats[SHIFT * groups + g]
-        rstd = 1 / sqrt(stats[M2 * groups + g] / max(stats[COUNT * groups + g], 1.0) + job.eps)
-        near = <real> power_near(rstd)
-        if not -1e30 < m * near < 1e30:
-            near = 1
-        factor = rstd / near
-        hi = <real> (m * near)
-        rest = m * near - hi
-        for i in range(i, stop):
-            power[i] = near
-            mean[i] = hi
-            scale[i] = <real> (factor * weight[i])
-            shift[i] = <real> (bias[i] - rest * (factor * weight[i]))
-
-
-cdef inline void affine_run(const real *x, real *y, Py_ssize_t n, real power, real mean, real scale, real shift) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(n):
-        y[j] = (x[j] * power - mean) * scale + shift
-
-
-cdef inline void affine_lanes(const real *x, real *y, Py_ssize_t n, const real *power, const real *mean,
-                              const real *scale, const real *shift) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(n):
-        y[j] = (x[j] * power[j] - mean[j]) * scale[j] + shift[j]
+        scale[i] = <real> (weight[i] * factor)
+    for i in range(channels):
+        shift[i] = <real> (bias[i] - rest * (weight[i] * factor))
 
 
 cdef void finish(const Job *job, const Span *t, real *y, Py_ssize_t row, const real *buffer) noexcept nogil:
@@ -378,7 +395,7 @@ cdef void finish(const Job *job, const Span *t, real *y, Py_ssize_t row, const r
         move[real](job, &job.y, t, y, True)
 
 
-cdef void repeat(real *v, Py_ssize_t first, Py_ssize_t times, Py_ssize_t n, real *each) noexcept nogil:
+cdef void repeat(const real *v, Py_ssize_t first, Py_ssize_t times, Py_ssize_t n, real *each) noexcept nogil:
     """Each value of v `times` times, the first of them `first` times, n in all."""
     cdef Py_ssize_t i = 0, j, k = 0, run = first
     while i < n:
@@ -392,36 +409,56 @@ cdef void repeat(real *v, Py_ssize_t first, Py_ssize_t times, Py_ssize_t n, real
 cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *stats, real _) noexcept nogil:
     cdef real xtile[TILE]
     cdef real ytile[TILE]
-    cdef real channel[4][WIDTH]  # power, mean, scale, shift
-    cdef real each[4][WIDTH]
-    cdef Py_ssize_t pos, stop = min((chunk + 1) * job.chunk, job.K * job.S), row, i, k, run
-    cdef Py_ssize_t g = unit % job.G, last, size = TILE if job.S >= SHORT else WIDTH
+    cdef real scale[WIDTH]
+    cdef real shift[WIDTH]
+    cdef real each_scale[WIDTH]
+    cdef real each_shift[WIDTH]
+    cdef Py_ssize_t size = TILE if job.S >= SHORT else WIDTH, stop = min((chunk + 1) * job.chunk, job.K * job.S)
+    cdef Py_ssize_t pos = chunk * job.chunk, c = unit % job.G * job.K, first = 0, known = 0, k, last, row, i, j, run
+    cdef real power, mean, a, b
     cdef const real *x
+    cdef const real *scales
+    cdef const real *shifts
     cdef real *y
+    cdef Standard z
     cdef Span t
     t.n = unit // job.G
     t.rows = 1
-    pos = chunk * job.chunk
+    standardize[real](stats, 1, 0, job.eps, &z, 0)
+    power = <real> z.power
+    mean = <real> z.mean
     while pos < stop:
-        t.c = g * job.K + pos // job.S
-        t.s = pos % job.S
         t.lanes = min(stop - pos, size)
-        last = (t.s + t.lanes - 1) // job.S
+        t.s = pos % job.S
+        t.c = c + pos // job.S
+        k = pos // job.S
+        last = (pos + t.lanes - 1) // job.S
+        if last >= first + known:
+            first = k
+            known = min(WIDTH, (stop - 1) // job.S + 1 - first)
+            weigh[real](job, t.n, t.c, known, &z, scale, shift)
         x = load[real](job, &job.x, &t, xtile, &row)
         y = direct[real](job, &job.y, &t, ytile, &row)
-        parameters[real](job, t.n, t.c, last + 1, stats, 1, g, channel[0], channel[1], channel[2], channel[3])
         if job.S >= SHORT:
             i = 0
-            for k in range(last + 1):
-                run = min(t.lanes - i, job.S - (t.s if k == 0 else 0))
-                affine_run[real](x + i, y + i, run, channel[0][k], channel[1][k], channel[2][k], channel[3][k])
+            while i < t.lanes:
+                run = min(t.lanes - i, job.S - (t.s if i == 0 else 0))
+                a = scale[k - first]
+                b = shift[k - first]
+                for j in range(i, i + run):
+                    y[j] = (x[j] * power - mean) * a + b
                 i += run
-        elif job.S == 1:
-            affine_lanes[real](x, y, t.lanes, channel[0], channel[1], channel[2], channel[3])
+                k += 1
         else:
-            for k in range(4):
-                repeat[real](channel[k], job.S - t.s, job.S, t.lanes, each[k])
-            affine_lanes[real](x, y, t.lanes, each[0], each[1], each[2], each[3])
+            scales = scale + (k - first)
+            shifts = shift + (k - first)
+            if job.S > 1:
+                repeat[real](scales, job.S - t.s, job.S, t.lanes, each_scale)
+                repeat[real](shifts, job.S - t.s, job.S, t.lanes, each_shift)
+                scales = each_scale
+                shifts = each_shift
+            for j in range(t.lanes):
+                y[j] = (x[j] * power - mean) * scales[j] + shifts[j]
         finish[real](job, &t, y, t.lanes, ytile)
         pos += t.lanes
 
@@ -429,20 +466,34 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doubl
 cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *stats, real _) noexcept nogil:
     cdef real xtile[AREA]
     cdef real ytile[AREA]
-    cdef real lane[4][WIDTH]  # power, mean, scale, shift
+    cdef real power[WIDTH]
+    cdef real mean[WIDTH]
+    cdef real scale[WIDTH]
+    cdef real shift[WIDTH]
     cdef Py_ssize_t strips = job.units // job.N, first = unit % strips * job.unit_groups
     cdef Py_ssize_t groups = min(job.unit_groups, job.G - first), c = first * job.K, end = c + groups * job.K
-    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), width, fold, r, j, k, row, yrow
+    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), width, fold, r, j, i, run, row, yrow
     cdef const real *x
     cdef real *y
+    cdef Standard z
     cdef Span t
     t.n = unit // strips
     while c < end:
         width = strip(job, c, end)
-        parameters[real](job, t.n, c, width, stats, groups, first, lane[0], lane[1], lane[2], lane[3])
-        for k in range(4):
-            for j in range(width, max(1, WIDTH // 4 // width) * width):
-                lane[k][j] = lane[k][j - width]
+        i = 0
+        while i < width:
+            run = min(width - i, job.K - (c + i) % job.K)
+            standardize[real](stats, groups, (c + i) // job.K - first, job.eps, &z, 0)
+            weigh[real](job, t.n, c + i, run, &z, scale + i, shift + i)
+            for j in range(i, i + run):
+                power[j] = <real> z.power
+                mean[j] = <real> z.mean
+            i += run
+        for j in range(width, max(1, WIDTH // 4 // width) * width):
+            power[j] = power[j - width]
+            mean[j] = mean[j - width]
+            scale[j] = scale[j - width]
+            shift[j] = shift[j - width]
         t.c = c
         t.s = chunk * job.chunk
         t.lanes = width
@@ -452,8 +503,11 @@ cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, 
             y = direct[real](job, &job.y, &t, ytile, &yrow)
             if row != width or yrow != width:
                 fold = 1
-            for r in range(t.rows // fold):
-                affine_lanes[real](x + r * fold * row, y + r * fold * yrow, fold * width, lane[0], lane[1], lane[2], lane[3])
+            for r in range(0, t.rows // fold):
+                i = r * fold * row
+                run = r * fold * yrow
+                for j in range(fold * width):
+                    y[run + j] = (x[i + j] * power[j] - mean[j]) * scale[j] + shift[j]
             finish[real](job, &t, y, yrow, ytile)
             t.s += t.rows
         c += width

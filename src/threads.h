@@ -1,13 +1,10 @@
-/* OpenMP, or its absence; and what the machine says of its caches and its instruction sets.  Only the
+/* OpenMP, or its absence; fork; and the CPU's instruction sets.  Only the
    door includes this file: the kernels know nothing of threads. */
 #ifndef GN_FAST_THREADS_H
 #define GN_FAST_THREADS_H
 
-#include <stddef.h>
-
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -26,7 +23,7 @@ static inline int omp_in_parallel(void) { return 0; }
 
 /* libgomp's worker threads do not survive a fork, and a child that opens a parallel region waits for them
    for ever.  Releasing the workers before every fork (they are started again on demand) cures it. */
-#if defined(_OPENMP) && _OPENMP >= 201811 && (defined(__unix__) || defined(__APPLE__))
+#if defined(_OPENMP) && (_OPENMP >= 201811 || __GNUC__ >= 9) && (defined(__unix__) || defined(__APPLE__))
 static void gn_release_workers(void) { omp_pause_resource_all(omp_pause_soft); }
 static inline int gn_survive_fork(void) { return pthread_atfork(gn_release_workers, NULL, NULL); }
 #else
@@ -51,15 +48,6 @@ static inline int gn_x86_64_level(void) {
 #else
     return 0;
 #endif
-}
-
-/* Bytes of the level 2 and last level caches; 1 MiB and 32 MiB where the system does not say. */
-static inline size_t gn_cache_bytes(int level) {
-    long bytes = 0;
-#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
-    bytes = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
-#endif
-    return bytes > 0 ? (size_t)bytes : level == 2 ? (size_t)1 << 20 : (size_t)32 << 20;
 }
 
 #endif

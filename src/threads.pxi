@@ -10,18 +10,17 @@ from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 from cython.parallel cimport prange
 from libc.string cimport memset
 
-from gn_fast.quota import cpu_quota
+from gn_fast.machine import cache_bytes, cpu_quota
 
 cdef extern from "threads.h" nogil:
     int GN_OPENMP
     int gn_survive_fork()
-    size_t gn_cache_bytes(int level)
     int omp_get_max_threads()
     int omp_get_num_procs()
 
 gn_survive_fork()
-cdef size_t L2_BYTES = gn_cache_bytes(2)
-cdef size_t LAST_LEVEL_BYTES = gn_cache_bytes(3)
+cdef Py_ssize_t L2_BYTES = cache_bytes(2)
+cdef Py_ssize_t LAST_LEVEL_BYTES = cache_bytes(3)
 
 cdef enum:
     WORTH_A_THREAD = 1 << 15  # values; a parallel region costs 2 to 5 us, in which one core does about as many
@@ -223,7 +222,7 @@ cdef void sweep(const Plan *plan, Stage stage, Py_ssize_t unit, int thread, bint
             stage(plan.job, unit, last - k, plan.scratch)
 
 
-cdef int run(Plan *plan, size_t itemsize, wanted_threads) except -1:
+cdef int run(Plan *plan, Py_ssize_t itemsize, wanted_threads) except -1:
     """Carry the plan out on as many threads as are worth it."""
     cdef const Job *job = plan.job
     cdef Py_ssize_t values = job.N * job.C * job.S
@@ -236,7 +235,7 @@ cdef int run(Plan *plan, size_t itemsize, wanted_threads) except -1:
         plan.threads = min(<Py_ssize_t> _resolve_threads(wanted_threads), job.units * job.chunks)
     together = plan.threads > 1 and (
         job.units < plan.threads
-        or (job.chunks >= plan.threads and <size_t> (values // job.units) * itemsize > L2_BYTES))
+        or (job.chunks >= plan.threads and values // job.units * itemsize > L2_BYTES))
     plan.size = 4 * job.unit_groups
     plan.scratch = <double *> PyMem_RawCalloc((job.chunks if together else 2 * plan.threads) * plan.size, sizeof(double))
     if plan.scratch == NULL:

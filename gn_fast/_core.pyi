@@ -1,0 +1,65 @@
+"""The types of the compiled door; what its functions do is told where they are written, src/_core.pyx."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, SupportsIndex, TypeAlias, overload
+
+from numpy.typing import ArrayLike, NDArray
+
+from .moments import Moments
+
+_Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh", "mish"] | None
+
+__test__: dict[str, str]  # Cython's list of the docstrings with examples
+
+@overload
+def group_norm(
+    x: ArrayLike,
+    num_groups: SupportsIndex,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: SupportsIndex = 1,
+    residual: ArrayLike | None = None,
+    activation: _Activation = None,
+    mask: ArrayLike | None = None,
+    moments: Moments | None = None,
+    out: NDArray[Any] | None = None,
+    return_moments: Literal[False] = False,
+    num_threads: SupportsIndex | None = None,
+) -> NDArray[Any]: ...
+@overload
+def group_norm(
+    x: ArrayLike,
+    num_groups: SupportsIndex,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: SupportsIndex = 1,
+    residual: ArrayLike | None = None,
+    activation: _Activation = None,
+    mask: ArrayLike | None = None,
+    moments: Moments | None = None,
+    out: NDArray[Any] | None = None,
+    return_moments: Literal[True],
+    num_threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], Moments]: ...
+def group_moments(
+    x: ArrayLike,
+    num_groups: SupportsIndex,
+    *,
+    axis: SupportsIndex = 1,
+    mask: ArrayLike | None = None,
+    num_threads: SupportsIndex | None = None,
+) -> Moments: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: SupportsIndex | None) -> None: ...
+@contextmanager
+def num_threads(n: SupportsIndex) -> Iterator[None]: ...
+def isa_levels() -> tuple[str, ...]: ...
+@contextmanager
+def use_isa(level: str) -> Iterator[None]: ...
+def _config() -> dict[str, dict[str, Any]]: ...
+def _processors() -> int: ...
