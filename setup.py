@@ -72,8 +72,7 @@ def extension(name, source, flags=()):
         include_dirs=["src", numpy.get_include()],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
         extra_compile_args=[*FLAGS, *flags],
-        depends=["src/kernel.pxd", "src/kernel.pxi", "src/tile.pxi", "src/activation.pxi", "src/port.h",
-                 "src/threads.pxi", "src/threads.h"],
+        depends=sorted(str(path) for path in Path("src").iterdir() if path.suffix in (".pxi", ".pxd", ".h")),
     )
 
 

@@ -27,6 +27,10 @@ cdef extern from "numpy/arrayobject.h":
 
 cnp.import_array()
 
+cdef enum:
+    CHUNK = 1 << 16  # values, so that 256 KiB of float32 are swept again from a core's level 2 cache
+    MAX_CHUNKS = 256  # of a unit: bounds what a unit's chunks found
+
 _ACTIVATIONS = {None: IDENTITY, "relu": RELU, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "mish": MISH}
 _DTYPES = "float16, bfloat16, float32, float64, an integer type or bool"
 
@@ -327,29 +331,34 @@ cdef cnp.ndarray apart(cnp.ndarray a, cnp.ndarray out):
     return (<object> a).copy(order="K")
 
 
-cdef int plan_walk(Job *job, cnp.ndarray x, int axis) except -1:
-    """Choose the walk, the units of work and the chunks, by shape and order of memory only."""
+cdef int plan_walk(Job *job) except -1:
+    """Choose the walk, the units of work and the chunks: by shape and order of memory only, since bits depend on them."""
     cdef View *v = &job.x
-    cdef Py_ssize_t size
+    cdef Py_ssize_t channels
     job.interleaved = job.S > 1 and job.C > 1 and 0 < abs(v.channel_stride) < abs(v.stride[v.ndim - 1])
+    job.pieces = job.block = 1
     if job.interleaved:
-        # A sample that stays in the last level cache is swept whole; else in strips of at least 64 channels.
-        # The bound is a constant because strips, unlike threads, may change bits.
+        # A sample of up to 16 MiB of float32, which may stay in a last level cache between its sweeps, is swept in
+        # whole rows; a larger one in strips of at least 64 channels.
         job.unit_groups = job.G
         if job.C * job.S > 1 << 22:
             job.unit_groups = min(job.G, (64 + job.K - 1) // job.K)
         job.units = job.N * ((job.G + job.unit_groups - 1) // job.unit_groups)
-        size, grain = job.S, 512
-        job.chunk = max(64, (1 << 16) // job.C)
+        job.chunk = max(CHUNK // job.C, (job.S + MAX_CHUNKS - 1) // MAX_CHUNKS)
+        job.chunk = (job.chunk + 511) // 512 * 512
+        job.chunks = (job.S + job.chunk - 1) // job.chunk
     else:
         job.unit_groups = 1
         job.units = job.N * job.G
-        size = job.K * job.S
-        job.chunk = 1 << 16
-        grain = 2048
-    job.chunk = max(job.chunk, (size + 255) // 256)
-    job.chunk = (job.chunk + grain - 1) // grain * grain
-    job.chunks = (size + job.chunk - 1) // job.chunk
+        job.pieces = max(1, min((job.S + CHUNK - 1) // CHUNK, MAX_CHUNKS // max(job.K, 1)))
+        if job.pieces == 1:
+            channels = max(1, CHUNK // max(job.S, 1), (job.K + MAX_CHUNKS - 1) // MAX_CHUNKS)
+            job.chunk = channels * job.S
+            job.chunks = (job.K + channels - 1) // channels
+        else:
+            job.chunk = ((job.S + job.pieces - 1) // job.pieces + 2047) // 2048 * 2048
+            job.pieces = (job.S + job.chunk - 1) // job.chunk
+            job.chunks = job.K * job.pieces
     return 0
 
 
@@ -375,7 +384,8 @@ cdef int view_x(Job *job, cnp.ndarray x, num_groups, axis_argument, int *axis_ou
     job.S = size
     axis_out[0] = axis
     view(&job.x, x, axis)
-    plan_walk(job, x, axis)
+    if job.N * job.C * job.S:
+        plan_walk(job)
     return 0
 
 
@@ -386,25 +396,32 @@ cdef struct Call:
     Job job
     Plan plan
     int axis
+    int wide  # computed in float64
 
 
-cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
-    """x as an array, with the call's shapes, strides and walk."""
-    cdef cnp.ndarray a = as_array(x, "x")
+cdef int add_pass(Call *call, Pass *of_types) except -1:
+    call.plan.passes[call.plan.count] = of_types[call.wide]
+    call.plan.count += 1
+    return 0
+
+
+cdef cnp.ndarray open_call(Call *call, x, num_groups, axis, str name="x"):
+    """x as an array; the call gets its shape, strides and walk."""
+    cdef cnp.ndarray a = as_array(x, name)
     cdef Job *job = &call.job
-    job.weight.data = job.bias.data = job.residual.data = job.mask.data = NULL
+    job.weight.data = job.bias.data = job.residual.data = job.mask.data = job.dresidual.data = NULL
     job.count = NULL
     job.mean = job.m2 = NULL
     job.activation = IDENTITY
     view_x(job, a, num_groups, axis, &call.axis)
+    call.wide = job.x.storage == FLOAT64
     call.plan.job = job
-    call.plan.merge = kernel.merge
-    call.plan.moments = kernel.moments[job.x.storage == FLOAT64]
-    call.plan.affine = NULL
+    call.plan.count = 0
+    call.plan.size = 4 * job.unit_groups
     return a
 
 
-cdef int use_statistics(Job *job, moments) except -1:
+cdef int use_moments(Job *job, moments) except -1:
     """Point the job at the arrays of these Moments, which the caller keeps alive."""
     job.count = <int64_t *> cnp.PyArray_DATA(moments.count)
     job.mean = <double *> cnp.PyArray_DATA(moments.mean)
@@ -425,73 +442,146 @@ cdef checked_moments(Job *job, moments):
     return Moments._trusted(*(np.ascontiguousarray(a) for a in (moments.count, moments.mean, moments.m2)))
 
 
-def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None, activation=None,
-               mask=None, moments=None, out=None, return_moments=False, num_threads=None):
-    """Group normalization."""
-    cdef Call call
+cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, activation, mask, moments, out, num_threads):
+    """Check what forward and backward have in common. Returns what must stay alive during the call, then the number
+    of threads and the moments."""
     cdef Job *job = &call.job
-    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), y, w, b, r, m, target = None
+    cdef cnp.ndarray w = None, b = None, r = None, m = None
     job.eps = checked_eps(eps)
     if num_threads is not None:
         num_threads = _thread_count(num_threads, "num_threads")
     if activation is not None:
         job.activation = checked_activation(activation)
-    if out is not None:
-        check_out(out, a)
-        if cnp.PyArray_ISBEHAVED(out):
-            target = out
-        if not same_places(a, out):
-            a = apart(a, out)
-            view(&job.x, a, call.axis)
     if weight is not None:
         w = per_channel(&job.weight, weight, "weight", job, out)
     if bias is not None:
         b = per_channel(&job.bias, bias, "bias", job, out)
     if residual is not None:
-        r = as_array(residual, "residual")
-        if not cnp.PyArray_SAMESHAPE(r, a):
-            raise ValueError(f"residual must have x's shape {shape_of(a)}, not {shape_of(r)}")
-        if out is not None and not same_places(r, out):
-            r = apart(r, out)
-        view(&job.residual, r, call.axis)
+        r = like_x(&job.residual, residual, "residual", x, call.axis, out)
     if mask is not None:
-        m = apart(checked_mask(mask, a, call.axis), out)
+        m = apart(checked_mask(mask, x, call.axis), out)
         view(&job.mask, m, call.axis)
-    statistics = None
     if moments is not None:
-        statistics = checked_moments(job, moments)
-        call.plan.moments = NULL
-    elif return_moments:
-        statistics = empty_moments(job)
-    if statistics is not None:
-        use_statistics(job, statistics)
-    y = target
+        moments = checked_moments(job, moments)
+        use_moments(job, moments)
+        add_pass(call, kernel.given)
+    return (w, b, r, m), num_threads, moments
+
+
+cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
+    """See an argument of x's shape; where `out` overlaps it other than exactly, a copy of it."""
+    cdef cnp.ndarray a = as_array(value, name)
+    if not cnp.PyArray_SAMESHAPE(a, x):
+        raise ValueError(f"{name} must have x's shape {shape_of(x)}, not {shape_of(a)}")
+    if out is not None and not same_places(a, out):
+        a = apart(a, out)
+    view(v, a, axis)
+    return a
+
+
+def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None, activation=None,
+               mask=None, moments=None, out=None, return_moments=False, num_threads=None):
+    """Group normalization."""
+    cdef Call call
+    cdef Job *job = &call.job
+    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), y = None
+    if out is not None:
+        check_out(out, a)
+    alive, num_threads, statistics = read_options(
+        &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
+    if statistics is None:
+        add_pass(&call, kernel.moments)
+        if return_moments:
+            statistics = empty_moments(job)
+            use_moments(job, statistics)
+    if out is not None:
+        if cnp.PyArray_ISBEHAVED(out):
+            y = out
+        if not same_places(a, out):
+            a = apart(a, out)
+            view(&job.x, a, call.axis)
     if y is None:
         y = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
     view(&job.y, y, call.axis)
     job.y.buffered = job.y.data == job.x.data
-    call.plan.affine = kernel.affine[job.x.storage == FLOAT64]
+    add_pass(&call, kernel.affine)
     run(&call.plan, job.x.itemsize, num_threads)
-    result = y
-    if out is not None:
-        if target is None:
-            out[...] = y
-        result = out
-    elif type(x) is not np.ndarray and isinstance(x, np.ndarray):
-        result = x.__array_wrap__(y)
+    result = finished(x, y, out)
     return (result, moments or statistics) if return_moments else result
+
+
+cdef finished(x, cnp.ndarray y, out):
+    """The result as the caller asked for it: in `out`, or of x's own array type."""
+    if out is not None:
+        if out is not y:
+            out[...] = y
+        return out
+    if type(x) is not np.ndarray and isinstance(x, np.ndarray):
+        return x.__array_wrap__(y)
+    return y
 
 
 def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
     """Count, mean and sum of squared deviations."""
     cdef Call call
-    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), m
-    if num_threads is not None:
-        num_threads = _thread_count(num_threads, "num_threads")
-    if mask is not None:
-        m = checked_mask(mask, a, call.axis)
-        view(&call.job.mask, m, call.axis)
+    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis)
+    alive, num_threads, _ = read_options(&call, a, None, None, 0.0, None, None, mask, None, None, num_threads)
     statistics = empty_moments(&call.job)
-    use_statistics(&call.job, statistics)
+    use_moments(&call.job, statistics)
+    add_pass(&call, kernel.moments)
     run(&call.plan, call.job.x.itemsize, num_threads)
     return statistics
+
+
+cdef summed(sums, value, Job *job):
+    """A weight's or bias's gradient from its sums over blocks of samples, which are added up in order."""
+    cdef double[:, ::1] rows = sums
+    cdef Py_ssize_t n, c
+    if value is None:
+        return None
+    value = as_array(value, "value")
+    if value.ndim == 1:
+        for n in range(1, rows.shape[0]):
+            for c in range(rows.shape[1]):
+                rows[0, c] += rows[n, c]
+        sums = sums[0] if len(sums) else np.zeros(job.C)
+    return sums.astype(value.dtype)
+
+
+def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None,
+                        activation=None, mask=None, moments=None, out=None, num_threads=None):
+    """The gradient of group normalization."""
+    cdef Call call
+    cdef Job *job = &call.job
+    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), g, dx = None, dresidual
+    if out is not None:
+        check_out(out, a)
+        if not same_places(a, out) and shared(a, out):
+            raise ValueError("out must not overlap x in part: it may be x itself, dy itself, or apart from both")
+    g = like_x(&job.dy, dy, "dy", a, call.axis, out)
+    alive, num_threads, statistics = read_options(
+        &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
+    if statistics is None:
+        add_pass(&call, kernel.moments)
+    if out is not None and cnp.PyArray_ISBEHAVED(out):
+        dx = out
+    else:
+        dx = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
+    view(&job.y, dx, call.axis)
+    job.y.buffered = job.y.data == job.x.data or job.y.data == job.dy.data or job.y.data == job.residual.data
+    if residual is not None:
+        dresidual = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
+        view(&job.dresidual, dresidual, call.axis)
+    # Up to 64 blocks of samples, or each sample where a gradient is wanted for each, by shape only.
+    each = any(value is not None and np.ndim(value) == 2 for value in (weight, bias))
+    job.block = 1 if each else max(1, (job.N + 63) // 64)
+    shape = ((job.N + job.block - 1) // job.block, job.C)
+    dweight, dbias = np.zeros(shape), np.zeros(shape)
+    job.dweight = <double *> cnp.PyArray_DATA(dweight)
+    job.dbias = <double *> cnp.PyArray_DATA(dbias)
+    add_pass(&call, kernel.sums)
+    add_pass(&call, kernel.gradient)
+    call.plan.size = slopes_at(job) + 2 * job.unit_groups
+    run(&call.plan, job.x.itemsize, num_threads)
+    result = finished(x, dx, out), summed(dweight, weight, job), summed(dbias, bias, job)
+    return result if residual is None else (*result, dresidual)

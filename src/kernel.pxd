@@ -29,18 +29,66 @@ cdef struct Job:  # everything a kernel needs to know of one call
     Py_ssize_t N, C, G, K, S  # samples, channels, groups, channels of a group, positions of a channel
     bint interleaved  # the walk: channels-last (position by position) or planar (channel by channel)
     Py_ssize_t unit_groups, units  # a unit of work is some groups of a sample: one if planar, else all or a strip
-    Py_ssize_t chunk, chunks  # a unit is cut into chunks of so many values (planar) or positions (interleaved)
-    View x, y, residual, mask, weight, bias
+    Py_ssize_t chunks  # of a unit
+    Py_ssize_t chunk  # interleaved: positions. Planar: values, of whole channels or of one of its pieces
+    Py_ssize_t pieces
+    Py_ssize_t block  # samples whose dweight and dbias one thread adds up in order
+    View x, y, residual, mask, weight, bias, dy, dresidual  # for the gradient y is dx
     int activation
     double eps
     int64_t *count  # the (N, G) statistics: given, wanted, or NULL
     double *mean
     double *m2
+    double *dweight  # (blocks, C)
+    double *dbias
 
-# Work on one chunk of one unit, whose groups have the moments `stats`.
-ctypedef void (*Stage)(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *stats) noexcept nogil
+cdef struct Unit:
+    Py_ssize_t n, first, groups, c, channels  # its sample, and its groups and channels from the first on
 
-cdef struct Kernel:  # each stage for float32 arithmetic and for float64
-    Stage moments[2]  # stats <- the moments of the chunk
-    Stage affine[2]  # y <- act((x - mean) * rstd * weight + bias + residual) on the chunk
-    void (*merge)(double *into, const double *other, Py_ssize_t n) noexcept nogil
+
+cdef inline Unit unit_of(const Job *job, Py_ssize_t unit) noexcept nogil:
+    cdef Py_ssize_t strips = job.units // job.N
+    cdef Unit u
+    u.n = unit // strips
+    u.first = unit % strips * job.unit_groups
+    u.groups = min(job.unit_groups, job.G - u.first)
+    u.c = u.first * job.K
+    u.channels = u.groups * job.K
+    return u
+
+
+cdef inline void bounds(const Job *job, Py_ssize_t chunk, Py_ssize_t *start, Py_ssize_t *stop) noexcept nogil:
+    """Of a planar chunk, in values of the unit."""
+    if job.pieces == 1:
+        start[0] = chunk * job.chunk
+        stop[0] = min(start[0] + job.chunk, job.K * job.S)
+    else:
+        start[0] = chunk // job.pieces * job.S + chunk % job.pieces * job.chunk
+        stop[0] = min(start[0] + job.chunk, (chunk // job.pieces + 1) * job.S)
+
+
+# What is found of a unit lies in one array of doubles: the moments of its groups, the sums of dy' and of
+# dy' * (x - mean) of its channels, and two slopes of its groups.
+
+cdef inline Py_ssize_t sums_at(const Job *job) noexcept nogil:
+    return 4 * job.unit_groups
+
+
+cdef inline Py_ssize_t slopes_at(const Job *job) noexcept nogil:
+    return sums_at(job) + 2 * job.unit_groups * job.K
+
+
+cdef struct Pass:  # one sweep over the chunks of a unit
+    # What it writes, to `found` or to the output, depends on `known` (what earlier passes found) and the chunk only.
+    void (*stage)(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil
+    # Merge what another chunk found, in order; NULL if nothing is.
+    void (*merge)(const Job *job, Py_ssize_t unit, double *into, const double *other) noexcept nogil
+    # What is done once all are merged, or NULL.
+    void (*settle)(const Job *job, Py_ssize_t unit, double *known) noexcept nogil
+
+cdef struct Kernel:  # each pass for float32 arithmetic and for float64
+    Pass given[2]  # the statistics are read from the job
+    Pass moments[2]  # or found
+    Pass affine[2]  # y <- act((x - mean) * rstd * weight + bias + residual)
+    Pass sums[2]  # the sums of the gradient, dweight and dbias
+    Pass gradient[2]  # dx

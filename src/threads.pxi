@@ -136,90 +136,70 @@ def num_threads(n):
         _context_threads.reset(token)
 
 
+cdef enum:
+    MAX_PASSES = 3
+
 cdef struct Plan:
     const Job *job
-    Stage moments  # NULL where they are given
-    Stage affine  # NULL where only the moments are wanted
-    void (*merge)(double *into, const double *other, Py_ssize_t n) noexcept nogil
+    Pass passes[MAX_PASSES]
+    int count
     int threads
-    double *scratch  # moments of a unit's groups: two of them for each thread, or one for each chunk
+    double *scratch  # what is found of a unit: for each thread twice, or for each chunk
     Py_ssize_t size  # of each
-
-
-cdef void exchange(const Job *job, Py_ssize_t unit, double *stats, bint given) noexcept nogil:
-    """Between a unit's moments and the caller's (N, G) arrays."""
-    cdef Py_ssize_t strips = job.units // job.N, first = unit % strips * job.unit_groups, g, i
-    cdef Py_ssize_t n = min(job.unit_groups, job.G - first)
-    for g in range(n):
-        i = unit // strips * job.G + first + g
-        if given:
-            stats[COUNT * n + g] = job.count[i]
-            stats[PIVOT * n + g] = job.mean[i]
-            stats[SHIFT * n + g] = 0
-            stats[M2 * n + g] = job.m2[i]
-        else:
-            job.count[i] = <int64_t> stats[COUNT * n + g]
-            job.mean[i] = stats[PIVOT * n + g] + stats[SHIFT * n + g]
-            job.m2[i] = stats[M2 * n + g]
 
 
 cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
     """A thread's share of the units, each from its moments to its output while it is in the thread's cache."""
     cdef const Job *job = plan.job
-    cdef double *stats = plan.scratch + 2 * thread * plan.size
-    cdef double *more = stats + plan.size
-    cdef Py_ssize_t unit, k
-    for unit in range(thread * job.units // plan.threads, (thread + 1) * job.units // plan.threads):
-        memset(stats, 0, plan.size * sizeof(double))
-        if plan.moments == NULL:
-            exchange(job, unit, stats, True)
-        else:
-            plan.moments(job, unit, 0, stats)
-            for k in range(1, job.chunks):
-                memset(more, 0, plan.size * sizeof(double))
-                plan.moments(job, unit, k, more)
-                plan.merge(stats, more, groups_of(job, unit))
-            if job.mean != NULL:
-                exchange(job, unit, stats, False)
-        if plan.affine != NULL:
-            for k in range(job.chunks - 1, -1, -1):
-                plan.affine(job, unit, k, stats)
+    cdef Py_ssize_t strips = job.units // job.N, items = (job.N + job.block - 1) // job.block * strips, item, n
+    for item in range(thread * items // plan.threads, (thread + 1) * items // plan.threads):
+        for n in range(item // strips * job.block, min(item // strips * job.block + job.block, job.N)):
+            work_on_unit(plan, n * strips + item % strips, plan.scratch + 2 * thread * plan.size)
 
 
-cdef inline Py_ssize_t groups_of(const Job *job, Py_ssize_t unit) noexcept nogil:
-    return min(job.unit_groups, job.G - unit % (job.units // job.N) * job.unit_groups)
+cdef void work_on_unit(const Plan *plan, Py_ssize_t unit, double *known) noexcept nogil:
+    cdef double *found = known + plan.size
+    cdef Py_ssize_t k
+    cdef int i
+    memset(known, 0, plan.size * sizeof(double))
+    for i in range(plan.count):
+        if plan.passes[i].merge != NULL:
+            plan.passes[i].stage(plan.job, unit, 0, known, known)
+            for k in range(1, plan.job.chunks):
+                memset(found, 0, plan.size * sizeof(double))
+                plan.passes[i].stage(plan.job, unit, k, known, found)
+                plan.passes[i].merge(plan.job, unit, known, found)
+        elif plan.passes[i].stage != NULL:
+            for k in range(plan.job.chunks - 1, -1, -1):
+                plan.passes[i].stage(plan.job, unit, k, known, NULL)
+        if plan.passes[i].settle != NULL:
+            plan.passes[i].settle(plan.job, unit, known)
 
 
 cdef void work_together(const Plan *plan) noexcept nogil:
-    """One unit after the other, its chunks shared by the threads; each sweeps its own back from their end, which
-    is still in its cache."""
-    cdef const Job *job = plan.job
+    """One unit after the other, its chunks shared by the threads."""
     cdef Py_ssize_t unit, k
-    cdef int thread
-    for unit in range(job.units):
-        memset(plan.scratch, 0, job.chunks * plan.size * sizeof(double))
-        if plan.moments == NULL:
-            exchange(job, unit, plan.scratch, True)
-        else:
-            for thread in prange(plan.threads, num_threads=plan.threads, schedule="static", chunksize=1):
-                sweep(plan, plan.moments, unit, thread, True)
-            for k in range(1, job.chunks):
-                plan.merge(plan.scratch, plan.scratch + k * plan.size, groups_of(job, unit))
-            if job.mean != NULL:
-                exchange(job, unit, plan.scratch, False)
-        if plan.affine != NULL:
-            for thread in prange(plan.threads, num_threads=plan.threads, schedule="static", chunksize=1):
-                sweep(plan, plan.affine, unit, thread, False)
+    cdef int i, thread
+    for unit in range(plan.job.units):
+        memset(plan.scratch, 0, plan.job.chunks * plan.size * sizeof(double))
+        for i in range(plan.count):
+            if plan.passes[i].stage != NULL:
+                for thread in prange(plan.threads, num_threads=plan.threads, schedule="static", chunksize=1):
+                    sweep(plan, i, unit, thread)
+            if plan.passes[i].merge != NULL:
+                for k in range(1, plan.job.chunks):
+                    plan.passes[i].merge(plan.job, unit, plan.scratch, plan.scratch + k * plan.size)
+            if plan.passes[i].settle != NULL:
+                plan.passes[i].settle(plan.job, unit, plan.scratch)
 
 
-cdef void sweep(const Plan *plan, Stage stage, Py_ssize_t unit, int thread, bint forward) noexcept nogil:
-    cdef Py_ssize_t first = thread * plan.job.chunks // plan.threads, k
+cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept nogil:
+    """A thread's chunks, every other pass backwards: the end of the last one is still in its cache."""
+    cdef Py_ssize_t first = thread * plan.job.chunks // plan.threads, k, chunk
     cdef Py_ssize_t last = (thread + 1) * plan.job.chunks // plan.threads - 1
     for k in range(last - first + 1):
-        if forward:
-            stage(plan.job, unit, first + k, plan.scratch + (first + k) * plan.size)
-        else:
-            stage(plan.job, unit, last - k, plan.scratch)
+        chunk = last - k if i % 2 else first + k
+        plan.passes[i].stage(plan.job, unit, chunk, plan.scratch, plan.scratch + chunk * plan.size)
 
 
 cdef int run(Plan *plan, Py_ssize_t itemsize, wanted_threads) except -1:
@@ -234,12 +214,11 @@ cdef int run(Plan *plan, Py_ssize_t itemsize, wanted_threads) except -1:
     if values >= WORTH_A_THREAD:
         plan.threads = min(<Py_ssize_t> _resolve_threads(wanted_threads), job.units * job.chunks)
     together = plan.threads > 1 and (
-        job.units < plan.threads
+        job.units // job.block < plan.threads
         or (job.chunks >= plan.threads and values // job.units * itemsize > L2_BYTES))
-    plan.size = 4 * job.unit_groups
     plan.scratch = <double *> PyMem_RawCalloc((job.chunks if together else 2 * plan.threads) * plan.size, sizeof(double))
     if plan.scratch == NULL:
-        raise MemoryError("no memory for the moments of a unit of work")
+        raise MemoryError("no memory for what is found of a unit of work")
     with nogil:
         if together:
             work_together(plan)

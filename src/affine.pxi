@@ -1,0 +1,217 @@
+# The affine: y = act((x - mean) * rstd * weight + bias + residual) on a chunk, tile by tile in both layouts.
+
+
+cdef struct Standard:  # a group's part of the affine: x * power - mean - rest is (x - mean) * rstd / factor
+    double power, mean, rest, factor
+
+
+cdef inline void standardize(const double *stats, Py_ssize_t groups, Py_ssize_t g, double eps, Standard *z, real _) noexcept nogil:
+    """Split the mean into a value of the compute type and the rest, up to 3% of a standard deviation where mean/std is
+    1e6. The power of two near rstd costs no bit and keeps all factors in range for any finite x."""
+    cdef double mean = stats[PIVOT * groups + g] + stats[SHIFT * groups + g]
+    cdef double rstd = 1 / sqrt(stats[M2 * groups + g] / max(stats[COUNT * groups + g], 1.0) + eps)
+    z.power = power_near(rstd)
+    if not -1e30 < mean * z.power < 1e30:
+        z.power = 1
+    z.mean = <real> (mean * z.power)
+    z.rest = mean * z.power - z.mean
+    z.factor = rstd / z.power
+
+
+cdef inline const double *values_of_channels(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels,
+                                             double absent, double *buffer) noexcept nogil:
+    """A weight's or bias's values, where they lie if they are contiguous float64."""
+    cdef Py_ssize_t i
+    if v.data == NULL:
+        for i in range(channels):
+            buffer[i] = absent
+    elif v.storage == FLOAT64 and v.channel_stride == sizeof(double):
+        return <const double *> address(v, n, c, 0)
+    else:
+        read_run[double](v, address(v, n, c, 0), v.channel_stride, buffer, channels)
+    return buffer
+
+
+cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z,
+                real *scale, real *shift) noexcept nogil:
+    """For channels of one group: (x * power - mean) * scale + shift is the normalized, weighted and biased x."""
+    cdef double buffer[2][WIDTH]
+    cdef const double *weight = values_of_channels(&job.weight, n, c, channels, 1, buffer[0])
+    cdef const double *bias = values_of_channels(&job.bias, n, c, channels, 0, buffer[1])
+    cdef double factor = z.factor, rest = z.rest
+    cdef Py_ssize_t i
+    for i in range(channels):
+        scale[i] = <real> (weight[i] * factor)
+    for i in range(channels):
+        shift[i] = <real> (bias[i] - rest * (weight[i] * factor))
+
+
+cdef inline void add_residual(const Job *job, const Span *t, real *y, Py_ssize_t row) noexcept nogil:
+    cdef real tile[AREA]
+    cdef const real *residual
+    cdef Py_ssize_t r, j, residual_row
+    if job.residual.data != NULL:
+        residual = load[real](job, &job.residual, t, tile, &residual_row)
+        for r in range(t.rows):
+            for j in range(t.lanes):
+                y[r * row + j] += residual[r * residual_row + j]
+
+
+cdef void finish(const Job *job, const Span *t, real *y, Py_ssize_t row, const real *buffer) noexcept nogil:
+    """What follows the affine: the residual, the activation and, from a buffer, the store."""
+    cdef Py_ssize_t r
+    add_residual[real](job, t, y, row)
+    if job.activation != IDENTITY:
+        if row == t.lanes:
+            activate[real](job.activation, y, t.rows * t.lanes)
+        else:
+            for r in range(t.rows):
+                activate[real](job.activation, y + r * row, t.lanes)
+    if y == buffer:
+        move[real](job, &job.y, t, y, True)
+
+
+# ---- planar ----------------------------------------------------------------------------------------
+
+
+cdef struct Window:  # the channels of a unit whose scale and shift are at hand
+    Py_ssize_t first, count
+
+
+cdef inline void next_tile(const Job *job, const Unit *u, Py_ssize_t pos, Py_ssize_t stop, const Standard *z,
+                           Span *t, Window *w, real *scale, real *shift) noexcept nogil:
+    """Set the span of the tile at pos and bring its channels into the window."""
+    cdef Py_ssize_t last
+    t.n = u.n
+    t.c = u.c + pos // job.S
+    t.s = pos % job.S
+    t.rows = 1
+    t.lanes = min(stop - pos, TILE if job.S >= SHORT else WIDTH)
+    last = (pos + t.lanes - 1) // job.S
+    if last >= w.first + w.count:
+        w.first = pos // job.S
+        w.count = min(WIDTH, (stop - 1) // job.S + 1 - w.first)
+        weigh[real](job, t.n, t.c, w.count, z, scale, shift)
+
+
+cdef inline void repeat(const real *v, Py_ssize_t first, Py_ssize_t times, Py_ssize_t n, real *each) noexcept nogil:
+    """Each value of v `times` times, the first of them `first` times, n in all."""
+    cdef Py_ssize_t i = 0, j, run = first
+    while i < n:
+        for j in range(i, min(i + run, n)):
+            each[j] = v[0]
+        i += run
+        v += 1
+        run = times
+
+
+cdef inline void planar_tile(const Job *job, const Span *t, const real *x, real *y, real power, real mean,
+                             const real *scale, const real *shift) noexcept nogil:
+    """y = (x * power - mean) * scale + shift, with a scale and a shift for each channel."""
+    cdef real each_scale[WIDTH]
+    cdef real each_shift[WIDTH]
+    cdef Py_ssize_t i = 0, j, run
+    if job.S >= SHORT:
+        while i < t.lanes:
+            run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
+            for j in range(i, run):
+                y[j] = (x[j] * power - mean) * scale[0] + shift[0]
+            i = run
+            scale += 1
+            shift += 1
+        return
+    if job.S > 1:
+        repeat[real](scale, job.S - t.s, job.S, t.lanes, each_scale)
+        repeat[real](shift, job.S - t.s, job.S, t.lanes, each_shift)
+        scale = each_scale
+        shift = each_shift
+    for j in range(t.lanes):
+        y[j] = (x[j] * power - mean) * scale[j] + shift[j]
+
+
+cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _) noexcept nogil:
+    cdef real xtile[TILE]
+    cdef real ytile[TILE]
+    cdef real scale[WIDTH]
+    cdef real shift[WIDTH]
+    cdef Py_ssize_t pos, stop, row
+    cdef const real *x
+    cdef real *y
+    cdef Unit u = unit_of(job, unit)
+    cdef Window w
+    cdef Standard z
+    cdef Span t
+    w.first = w.count = 0
+    standardize[real](known, 1, 0, job.eps, &z, 0)
+    bounds(job, chunk, &pos, &stop)
+    while pos < stop:
+        next_tile[real](job, &u, pos, stop, &z, &t, &w, scale, shift)
+        x = load[real](job, &job.x, &t, xtile, &row)
+        y = direct[real](job, &job.y, &t, ytile, &row)
+        row = t.c - u.c - w.first
+        planar_tile[real](job, &t, x, y, <real> z.power, <real> z.mean, scale + row, shift + row)
+        finish[real](job, &t, y, t.lanes, ytile)
+        pos += t.lanes
+
+
+# ---- interleaved -----------------------------------------------------------------------------------
+
+
+cdef void lane_parameters(const Job *job, const Unit *u, Py_ssize_t c, Py_ssize_t width, const double *known,
+                          real *power, real *mean, real *scale, real *shift) noexcept nogil:
+    """The affine of each lane: of each channel from c on, as often as positions share a row."""
+    cdef Py_ssize_t i = 0, j, run
+    cdef Standard z
+    while i < width:
+        run = min(width - i, job.K - (c + i) % job.K)
+        standardize[real](known, u.groups, (c + i) // job.K - u.first, job.eps, &z, 0)
+        weigh[real](job, u.n, c + i, run, &z, scale + i, shift + i)
+        for j in range(i, i + run):
+            power[j] = <real> z.power
+            mean[j] = <real> z.mean
+        i += run
+    for j in range(width, widest(width)):
+        power[j] = power[j - width]
+        mean[j] = mean[j - width]
+        scale[j] = scale[j - width]
+        shift[j] = shift[j - width]
+
+
+cdef inline void interleaved_tile(const real *x, Py_ssize_t row, real *y, Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes,
+                                  const real *power, const real *mean, const real *scale, const real *shift) noexcept nogil:
+    cdef Py_ssize_t r, j
+    for r in range(rows):
+        for j in range(lanes):
+            y[j] = (x[j] * power[j] - mean[j]) * scale[j] + shift[j]
+        x += row
+        y += yrow
+
+
+cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _) noexcept nogil:
+    cdef real xtile[AREA]
+    cdef real ytile[AREA]
+    cdef real power[WIDTH]
+    cdef real mean[WIDTH]
+    cdef real scale[WIDTH]
+    cdef real shift[WIDTH]
+    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, yrow
+    cdef const real *x
+    cdef real *y
+    cdef Unit u = unit_of(job, unit)
+    cdef Span t
+    t.n = u.n
+    t.c = u.c
+    while t.c < u.c + u.channels:
+        t.lanes = strip(job, t.c, u.c + u.channels)
+        lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
+        t.s = chunk * job.chunk
+        while t.s < stop:
+            t.rows = next_rows(stop - t.s, t.lanes, &fold)
+            x = load[real](job, &job.x, &t, xtile, &row)
+            y = direct[real](job, &job.y, &t, ytile, &yrow)
+            if row != t.lanes or yrow != t.lanes:
+                fold = 1
+            interleaved_tile[real](x, fold * row, y, fold * yrow, t.rows // fold, fold * t.lanes, power, mean, scale, shift)
+            finish[real](job, &t, y, yrow, ytile)
+            t.s += t.rows
+        t.c += t.lanes

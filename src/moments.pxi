@@ -1,0 +1,299 @@
+# The moments of a chunk, in one pass: blocks of rows x lanes summed about a pivot, merged by Chan's update.
+# The walks over both layouts; what is done with the moments lives in affine.pxi and gradient.pxi.
+
+
+cdef void merge(double *into, const double *other, Py_ssize_t n) noexcept nogil:
+    """Chan, Golub and LeVeque (1983): the moments of two sets from the moments of each, n times."""
+    cdef double *count = into + COUNT * n
+    cdef double *pivot = into + PIVOT * n
+    cdef double *shift = into + SHIFT * n
+    cdef double *m2 = into + M2 * n
+    cdef double both, delta, share
+    cdef Py_ssize_t i
+    for i in range(n):
+        pivot[i] = other[PIVOT * n + i] if count[i] == 0 else pivot[i]
+        both = count[i] + other[COUNT * n + i]
+        share = other[COUNT * n + i] / (both if both > 0 else 1)
+        delta = (other[PIVOT * n + i] - pivot[i]) + (other[SHIFT * n + i] - shift[i])
+        delta = delta if other[COUNT * n + i] > 0 else 0
+        shift[i] += delta * share
+        m2[i] += other[M2 * n + i] + delta * delta * (count[i] * share)
+        count[i] = both
+
+
+cdef inline void accumulate(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes,
+                            const real *p, real *s1, real *s2) noexcept nogil:
+    """s1 += sum(x - p), s2 += sum((x - p)^2) down each lane; four rows at a time, for fewer roundings in a chain."""
+    cdef Py_ssize_t r, j
+    cdef const real *x0
+    cdef const real *x1
+    cdef const real *x2
+    cdef const real *x3
+    cdef real d0, d1, d2, d3
+    for r in range(0, rows - 3, 4):
+        x0 = x + r * row
+        x1 = x0 + row
+        x2 = x1 + row
+        x3 = x2 + row
+        for j in range(lanes):
+            d0 = x0[j] - p[j]
+            d1 = x1[j] - p[j]
+            d2 = x2[j] - p[j]
+            d3 = x3[j] - p[j]
+            s1[j] += (d0 + d1) + (d2 + d3)
+            s2[j] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)
+    for r in range(rows & ~3, rows):
+        x0 = x + r * row
+        for j in range(lanes):
+            d0 = x0[j] - p[j]
+            s1[j] += d0
+            s2[j] += d0 * d0
+
+
+cdef inline void lane_means(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes, real *p) noexcept nogil:
+    cdef real share = <real> 1 / <real> rows  # multiplied first: the sum could overflow
+    cdef Py_ssize_t r, j
+    for j in range(lanes):
+        p[j] = 0
+    for r in range(rows):
+        for j in range(lanes):
+            p[j] += x[r * row + j] * share
+
+
+cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
+    cdef double part[8]
+    cdef Py_ssize_t i, j
+    for j in range(8):
+        part[j] = 0
+    for i in range(0, n - 7, 8):
+        for j in range(8):
+            part[j] += v[i + j]
+    for j in range(n & ~7, n):
+        part[j & 7] += v[j]
+    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]))
+
+
+cdef inline bint lossy(double sum_of_squares) noexcept nogil:
+    """Whether squares may have under- or overflowed in float32 (in float64 the same bounds do no harm)."""
+    return not 8e-28 < sum_of_squares < 1e36
+
+
+cdef inline double power_near(double v) noexcept nogil:
+    """The power of two at or below v, where float32 has it and its inverse."""
+    return min(max(gn_power_of_two(v), 2.0 ** -126), 2.0 ** 126)
+
+
+cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real *copy, double *moments) noexcept nogil:
+    """The moments of n <= TILE values of one group; where the mask is 0 they do not count."""
+    cdef real p[LANES]
+    cdef real s1[LANES]
+    cdef real s2[LANES]
+    cdef Py_ssize_t lanes = min(n, LANES), rows = n // lanes, tail = n - rows * lanes, j
+    cdef double count = n, sum1, sum2
+    cdef real pivot, power = 1, big = 0
+    if mask == NULL:
+        lane_means[real](x, lanes, min(rows, PIVOT_ROWS), lanes, p)
+        pivot = <real> (total[real](p, lanes) / lanes)
+    else:
+        count = total[real](mask, n)
+        for j in range(n):
+            copy[j] = x[j] if mask[j] != 0 else <real> 0
+        pivot = <real> (total[real](copy, n) / max(count, 1.0))
+        for j in range(n):
+            copy[j] = x[j] if mask[j] != 0 else pivot
+        x = copy
+    while True:
+        for j in range(lanes):
+            p[j] = pivot
+            s1[j] = 0
+            s2[j] = 0
+        accumulate[real](x, lanes, rows, lanes, p, s1, s2)
+        accumulate[real](x + rows * lanes, 0, 1, tail, p, s1, s2)
+        sum1 = total[real](s1, lanes)
+        sum2 = total[real](s2, lanes)
+        if power != 1 or not lossy(sum2):
+            break
+        for j in range(n):  # rare: once more, with the values brought near 1
+            big = max(big, max(x[j], -x[j]))
+        power = <real> power_near(big)
+        if power == 1:
+            break
+        for j in range(n):
+            copy[j] = x[j] / power
+        x = copy
+        pivot = pivot / power
+    moments[COUNT] = count
+    moments[PIVOT] = <double> pivot * power
+    moments[SHIFT] = sum1 / max(count, 1.0) * power
+    moments[M2] = (sum2 - sum1 * (sum1 / max(count, 1.0))) * power * power
+
+
+cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
+    cdef real xtile[TILE]
+    cdef real mtile[TILE]
+    cdef real copy[TILE]
+    cdef double block[4]
+    cdef Py_ssize_t pos, stop, row
+    cdef const real *x
+    cdef const real *mask = NULL
+    cdef Unit u = unit_of(job, unit)
+    cdef Span t
+    bounds(job, chunk, &pos, &stop)
+    t.n = u.n
+    t.rows = 1
+    while pos < stop:
+        t.c = u.c + pos // job.S
+        t.s = pos % job.S
+        t.lanes = min(stop - pos, TILE)
+        x = load[real](job, &job.x, &t, xtile, &row)
+        if job.mask.data != NULL:
+            mask = load[real](job, &job.mask, &t, mtile, &row)
+        planar_block[real](x, mask, t.lanes, copy, block)
+        merge(found, block, 1)
+        pos += t.lanes
+
+
+cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_ssize_t rows, Py_ssize_t lanes,
+                            real *copy, double *moments, Py_ssize_t n) noexcept nogil:
+    """The moments of the first `lanes` of n sets, one a lane; where the mask is 0 values do not count."""
+    cdef real p[WIDTH]
+    cdef real s1[WIDTH]
+    cdef real s2[WIDTH]
+    cdef real count[WIDTH]
+    cdef real power[WIDTH]
+    cdef double mean
+    cdef Py_ssize_t r, j
+    cdef bint again = False
+    for j in range(lanes):
+        count[j] = <real> rows
+        power[j] = 1
+        s1[j] = 0
+        s2[j] = 0
+    if mask == NULL:
+        lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p)
+    else:
+        for j in range(lanes):
+            count[j] = 0
+            p[j] = 0
+        for r in range(rows):
+            for j in range(lanes):
+                count[j] += mask[r * lanes + j]
+        for r in range(rows):
+            for j in range(lanes):
+                p[j] += x[r * row + j] / count[j] if mask[r * lanes + j] != 0 else <real> 0
+        for r in range(rows):
+            for j in range(lanes):
+                copy[r * lanes + j] = x[r * row + j] if mask[r * lanes + j] != 0 else p[j]
+        x = copy
+        row = lanes
+    accumulate[real](x, row, rows, lanes, p, s1, s2)
+    for j in range(lanes):
+        again |= lossy(s2[j])
+    if again:  # rare: once more, with the values of such lanes brought near 1
+        for j in range(lanes):
+            if lossy(s2[j]):
+                power[j] = 0
+                for r in range(rows):
+                    power[j] = max(power[j], max(x[r * row + j], -x[r * row + j]))
+                power[j] = <real> power_near(power[j])
+            p[j] = p[j] / power[j]
+            s1[j] = 0
+            s2[j] = 0
+        for r in range(rows):
+            for j in range(lanes):
+                copy[r * lanes + j] = x[r * row + j] / power[j]
+        accumulate[real](copy, lanes, rows, lanes, p, s1, s2)
+    for j in range(lanes):
+        mean = s1[j] / <double> (count[j] if count[j] > 0 else <real> 1)
+        moments[COUNT * n + j] = count[j]
+        moments[PIVOT * n + j] = <double> p[j] * power[j]
+        moments[SHIFT * n + j] = mean * power[j]
+        moments[M2 * n + j] = (s2[j] - s1[j] * mean) * power[j] * power[j]
+
+
+cdef inline Py_ssize_t strip(const Job *job, Py_ssize_t c, Py_ssize_t stop) noexcept nogil:
+    """How many channels from c on share an interleaved tile: whole groups, or a part of one wide group."""
+    if job.K > WIDTH:
+        return min(WIDTH, job.K - c % job.K)
+    return min(WIDTH // job.K * job.K, stop - c)
+
+
+cdef inline Py_ssize_t widest(Py_ssize_t width) noexcept nogil:
+    """The lanes of a row that holds several positions if there are few channels, so that the lanes are used."""
+    return max(1, WIDTH // 4 // width) * width
+
+
+cdef inline Py_ssize_t next_rows(Py_ssize_t left, Py_ssize_t width, Py_ssize_t *fold) noexcept nogil:
+    """How many of the positions left make the next tile, `fold` of them to a row: whole rows, or what is left of one."""
+    fold[0] = min(widest(width) // width, left)
+    return min(min(ROWS, AREA // (fold[0] * width) & ~3), left // fold[0]) * fold[0]
+
+
+cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ssize_t channels, double *one) noexcept nogil:
+    """The moments of a group from those of its lanes: some channels of each position of a row."""
+    cdef double pivot = lane[PIVOT * n], count = 0, sum1 = 0, sum2 = 0, shift, mean
+    cdef Py_ssize_t r, j
+    for r in range(0, n // width):
+        for j in range(r * width, r * width + channels):
+            count += lane[COUNT * n + j]
+            if lane[COUNT * n + j] > 0:
+                sum1 += lane[COUNT * n + j] * ((lane[PIVOT * n + j] - pivot) + lane[SHIFT * n + j])
+    mean = sum1 / max(count, 1.0)
+    for r in range(0, n // width):
+        for j in range(r * width, r * width + channels):
+            if lane[COUNT * n + j] > 0:
+                shift = ((lane[PIVOT * n + j] - pivot) + lane[SHIFT * n + j]) - mean
+                sum2 += lane[M2 * n + j] + lane[COUNT * n + j] * (shift * shift)
+    one[COUNT] = count
+    one[PIVOT] = pivot
+    one[SHIFT] = mean
+    one[M2] = sum2
+
+
+cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
+    cdef real xtile[AREA]
+    cdef real mtile[AREA]
+    cdef real copy[AREA]
+    cdef double lane[4 * WIDTH]
+    cdef double block[4 * WIDTH]
+    cdef double one[4]
+    cdef double group[4]
+    cdef Unit u = unit_of(job, unit)
+    cdef Py_ssize_t c = u.c, stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, j, i, run, g, field
+    cdef const real *x
+    cdef const real *mask = NULL
+    cdef Span t
+    t.n = u.n
+    while c < u.c + u.channels:
+        width = strip(job, c, u.c + u.channels)
+        n = widest(width)
+        memset(lane, 0, 4 * n * sizeof(double))
+        t.c = c
+        t.s = chunk * job.chunk
+        t.lanes = width
+        while t.s < stop:
+            t.rows = next_rows(stop - t.s, width, &fold)
+            x = load[real](job, &job.x, &t, xtile, &row)
+            if fold > 1 and row != width:
+                move[real](job, &job.x, &t, xtile, False)
+                x = xtile
+                row = width
+            if job.mask.data != NULL:
+                mask = load[real](job, &job.mask, &t, mtile, &j)
+            if fold * width < n:
+                memset(block, 0, 4 * n * sizeof(double))
+            interleaved_block[real](x, row * fold, mask, t.rows // fold, fold * width, copy, block, n)
+            merge(lane, block, n)
+            t.s += t.rows
+        i = 0
+        while i < width:
+            run = min(width - i, job.K - (c + i) % job.K)
+            g = (c + i) // job.K - u.first
+            gather_lanes(lane + i, n, width, run, one)
+            for field in range(4):
+                group[field] = found[field * u.groups + g]
+            merge(group, one, 1)
+            for field in range(4):
+                found[field * u.groups + g] = group[field]
+            i += run
+        c += width
