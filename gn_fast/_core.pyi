@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from .moments import Moments
 
 _Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh", "mish"] | None
+_Gradient: TypeAlias = NDArray[Any] | Any  # None where the argument is: the caller knows, and need not ask
 
 __test__: dict[str, str]  # Cython's list of the docstrings with examples
 
@@ -46,6 +47,40 @@ def group_norm(
     return_moments: Literal[True],
     num_threads: SupportsIndex | None = None,
 ) -> tuple[NDArray[Any], Moments]: ...
+@overload
+def group_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    num_groups: SupportsIndex,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: SupportsIndex = 1,
+    residual: None = None,
+    activation: _Activation = None,
+    mask: ArrayLike | None = None,
+    moments: Moments | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], _Gradient, _Gradient]: ...
+@overload
+def group_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    num_groups: SupportsIndex,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: SupportsIndex = 1,
+    residual: ArrayLike,
+    activation: _Activation = None,
+    mask: ArrayLike | None = None,
+    moments: Moments | None = None,
+    out: NDArray[Any] | None = None,
+    num_threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], _Gradient, _Gradient, NDArray[Any]]: ...
 def group_moments(
     x: ArrayLike,
     num_groups: SupportsIndex,

@@ -145,7 +145,10 @@ cdef cnp.ndarray as_array(value, str name):
     if not cnp.PyArray_CheckExact(value):
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError(f"{name} must not be a masked array: pass its data, and mask=~{name}.mask for the statistics")
-        value = np.asarray(value)
+        try:
+            value = np.asarray(value)
+        except ValueError as error:
+            raise TypeError(f"{name} must be an array or what NumPy can make one of: {error}") from None
     a = value
     storage = storage_of(a)
     if storage <= BOOL:
@@ -191,8 +194,6 @@ cdef cnp.ndarray per_channel(View *v, value, str name, Job *job, out):
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
     if not (ndim == 1 and shape[0] == job.C or ndim == 2 and shape[0] == job.N and shape[1] == job.C):
         raise ValueError(f"{name} must have shape ({job.C},) or ({job.N}, {job.C}), not {shape_of(a)}")
-    if ndim == 1 and job.S < 16 and job.N > 1:  # used about as often as x: widened once, not for each sample
-        a = (<object> a).astype(np.float64)
     v.data = cnp.PyArray_BYTES(a)
     v.storage = <Storage> storage_of(a)
     v.itemsize = cnp.PyArray_ITEMSIZE(a)
@@ -220,6 +221,8 @@ cdef Py_ssize_t integer(value, str name) except? -1:
         raise TypeError(f"{name} must be an integer, not {value!r}")
     try:
         return value.__index__()
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, not {value!r}") from None
     except OverflowError:
         raise ValueError(f"{name} is out of range: {value!r}") from None
 
@@ -230,6 +233,8 @@ cdef double checked_eps(value) except? -1:
         eps = value
     except TypeError:
         raise TypeError(f"eps must be a number, not {value!r}") from None
+    except OverflowError:
+        raise ValueError("eps must be a finite number of at least 0, not an integer beyond float64") from None
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, not {value!r}")
     return eps
@@ -237,7 +242,12 @@ cdef double checked_eps(value) except? -1:
 
 cdef cnp.ndarray checked_mask(mask, cnp.ndarray x, int axis):
     """The mask broadcast to x's shape."""
-    mask = np.asarray(mask)
+    if isinstance(mask, np.ma.MaskedArray):
+        raise TypeError("mask must not be a masked array but a plain array of dtype bool")
+    try:
+        mask = np.asarray(mask)
+    except ValueError as error:
+        raise TypeError(f"mask must be an array of dtype bool: {error}") from None
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be of dtype bool, not {mask.dtype}")
     wanted = list(shape_of(x))
@@ -331,11 +341,11 @@ cdef cnp.ndarray apart(cnp.ndarray a, cnp.ndarray out):
     return (<object> a).copy(order="K")
 
 
-cdef int plan_walk(Job *job) except -1:
+cdef int plan_walk(Job *job, bint channels_last) except -1:
     """Choose the walk, the units of work and the chunks: by shape and order of memory only, since bits depend on them."""
     cdef View *v = &job.x
-    cdef Py_ssize_t channels
-    job.interleaved = job.S > 1 and job.C > 1 and 0 < abs(v.channel_stride) < abs(v.stride[v.ndim - 1])
+    cdef Py_ssize_t channels, across = abs(v.channel_stride), along = abs(v.stride[v.ndim - 1])
+    job.interleaved = job.S > 1 and job.C > 1 and (across < along if across and along else channels_last)
     job.pieces = job.block = 1
     if job.interleaved:
         # A sample of up to 16 MiB of float32, which may stay in a last level cache between its sweeps, is swept in
@@ -385,7 +395,7 @@ cdef int view_x(Job *job, cnp.ndarray x, num_groups, axis_argument, int *axis_ou
     axis_out[0] = axis
     view(&job.x, x, axis)
     if job.N * job.C * job.S:
-        plan_walk(job)
+        plan_walk(job, axis == ndim - 1)
     return 0
 
 
@@ -434,12 +444,12 @@ cdef empty_moments(Job *job):
     return Moments._trusted(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
 
 
-cdef checked_moments(Job *job, moments):
+cdef checked_moments(Job *job, moments, out):
     if not isinstance(moments, Moments):
         raise TypeError(f"moments must be gn_fast.Moments, not {type(moments).__name__}")
     if moments.count.shape != (job.N, job.G):
         raise ValueError(f"moments must have shape ({job.N}, {job.G}), samples and groups, not {moments.count.shape}")
-    return Moments._trusted(*(np.ascontiguousarray(a) for a in (moments.count, moments.mean, moments.m2)))
+    return Moments._trusted(*(apart(np.ascontiguousarray(a), out) for a in (moments.count, moments.mean, moments.m2)))
 
 
 cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, activation, mask, moments, out, num_threads):
@@ -462,7 +472,7 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
         m = apart(checked_mask(mask, x, call.axis), out)
         view(&job.mask, m, call.axis)
     if moments is not None:
-        moments = checked_moments(job, moments)
+        moments = checked_moments(job, moments, out)
         use_moments(job, moments)
         add_pass(call, kernel.given)
     return (w, b, r, m), num_threads, moments
@@ -481,7 +491,91 @@ cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
 
 def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None, activation=None,
                mask=None, moments=None, out=None, return_moments=False, num_threads=None):
-    """Group normalization."""
+    """Group normalization: each sample's groups of channels brought to mean 0 and variance 1, then weighted.
+
+    For sample n and group g, over the D = C/G * prod(spatial) values of that slab::
+
+        mean = sum(x) / D       var = sum((x - mean)^2) / D       rstd = 1 / sqrt(var + eps)
+        y = activation((x - mean) * rstd * weight[c] + bias[c] + residual)
+
+    Parameters
+    ----------
+    x : array_like, shape (N, C, spatial...), or with the channels at `axis`
+        float16, bfloat16 (of ``ml_dtypes``), float32 or float64; integers and bools are taken as float64. Any
+        strides: neither channels-last nor strided arrays are copied.
+    num_groups : int
+        G, the number of groups (not their size); it must divide C. 1 is layer normalization over all but the
+        samples, C is instance normalization.
+    weight, bias : array_like, shape (C,) or (N, C), optional
+        Scale and shift, each of any float dtype: of a channel, or of a channel in each sample (AdaGN, FiLM).
+    eps : float
+        Added to the variance inside the root; at least 0.
+    axis : int
+        Which axis has the channels: any but the first. ``-1`` for channels-last.
+    residual : array_like, x's shape, optional
+        Added after the affine and before the activation.
+    activation : {None, "relu", "silu", "gelu", "gelu_tanh", "mish"}
+        "gelu" is the exact one, by erf. Within 4 ulp of exact in float32.
+    mask : array_like of bool, optional
+        Broadcastable to x with one channel. False positions (padding) do not count in the statistics; they are
+        normalized like the others.
+    moments : Moments, shape (N, G), optional
+        Use these statistics instead of x's own.
+    out : ndarray, x's shape and dtype, optional
+        Where to write. It may be x itself; where it overlaps an input otherwise, that is copied first.
+    return_moments : bool
+        Also return the statistics that were used.
+    num_threads : int, optional
+        At most so many threads in this call; by default what :func:`get_num_threads` says.
+
+    Returns
+    -------
+    y : ndarray
+        `out`, or a new array of x's shape, dtype (float64 for integers) and order of memory.
+    moments : Moments
+        Only with ``return_moments=True``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described. The message names it; `out` is then as it was.
+    MemoryError
+        If there is no memory for the result.
+
+    See Also
+    --------
+    group_norm_backward : its gradient.
+    group_moments : its statistics.
+
+    Notes
+    -----
+    The moments are found in one pass: blocks of values are summed about a pivot near their mean in float32
+    (float64 for float64) and merged in float64 by the update of Chan, Golub and LeVeque [2]_. The mean is
+    subtracted before anything is multiplied. float32 results are within 2 ulp of exact for a mean of up to 1e6
+    standard deviations, and the same to the last bit for any number of threads, instruction set, batch and strides.
+
+    References
+    ----------
+    .. [1] Y. Wu and K. He, "Group Normalization", 2018, arXiv:1803.08494, equations 1, 2 and 7.
+    .. [2] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance: analysis and
+       recommendations", The American Statistician 37, 1983, equation 2.1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import gn_fast
+    >>> x = np.random.default_rng(0).random((2, 8, 4, 4), dtype=np.float32)
+    >>> y = gn_fast.group_norm(x, 2)
+    >>> slabs = y.reshape(2, 2, -1)
+    >>> bool(abs(slabs.mean(-1)).max() < 1e-6), bool(abs(slabs.std(-1) - 1).max() < 1e-3)
+    (True, True)
+
+    Channels-last, with a weight, and the SiLU fused in:
+
+    >>> y = gn_fast.group_norm(x.transpose(0, 2, 3, 1), 2, np.full(8, 2.0), axis=-1, activation="silu")
+    >>> y.shape
+    (2, 4, 4, 8)
+    """
     cdef Call call
     cdef Job *job = &call.job
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), y = None
@@ -503,7 +597,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     if y is None:
         y = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
     view(&job.y, y, call.axis)
-    job.y.buffered = job.y.data == job.x.data
+    job.y.buffered = job.y.data == job.x.data or job.y.data == job.residual.data
     add_pass(&call, kernel.affine)
     run(&call.plan, job.x.itemsize, num_threads)
     result = finished(x, y, out)
@@ -522,7 +616,39 @@ cdef finished(x, cnp.ndarray y, out):
 
 
 def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
-    """Count, mean and sum of squared deviations."""
+    """The statistics of each sample's groups: count, mean and sum of squared deviations.
+
+    Parameters
+    ----------
+    x, num_groups, axis, mask, num_threads
+        As for :func:`group_norm`.
+
+    Returns
+    -------
+    Moments
+        Of shape (N, G). A group with nothing to count has count, mean and m2 0; NaN or infinity in x makes the mean
+        and m2 of its group NaN or infinite. Those of parts can be merged into those of the whole.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described. The message names it.
+
+    Notes
+    -----
+    One pass over x, merging blocks by the update of Chan, Golub and LeVeque (The American Statistician 37, 1983,
+    equation 2.1).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import gn_fast
+    >>> m = gn_fast.group_moments(np.arange(8.0).reshape(1, 2, 4), 2)
+    >>> m.mean
+    array([[1.5, 5.5]])
+    >>> m.var
+    array([[1.25, 1.25]])
+    """
     cdef Call call
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis)
     alive, num_threads, _ = read_options(&call, a, None, None, 0.0, None, None, mask, None, None, num_threads)
@@ -550,7 +676,57 @@ cdef summed(sums, value, Job *job):
 
 def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None,
                         activation=None, mask=None, moments=None, out=None, num_threads=None):
-    """The gradient of group normalization."""
+    """The gradient of :func:`group_norm`: of sum(dy * y) with respect to x, weight, bias and residual.
+
+    With xhat = (x - mean) * rstd, dy' = dy * activation'(xhat * weight + bias + residual), and a and b the means
+    of weight * dy' and weight * dy' * xhat over a slab::
+
+        dbias = sum(dy')     dweight = sum(dy' * xhat)     dx = rstd * (weight * dy' - a - xhat * b)
+
+    Parameters
+    ----------
+    dy : array_like, x's shape
+        The gradient with respect to y; any float dtype, any order of memory.
+    x, num_groups, weight, bias, eps, axis, residual, activation, mask, num_threads
+        As for :func:`group_norm`, with the values of the forward call.
+    moments : Moments, shape (N, G), optional
+        x's statistics as the forward call returned them; without them they are computed again, in one more sweep.
+    out : ndarray, x's shape and dtype, optional
+        Where to write dx. It may be dy or x itself; it must not overlap x in part.
+
+    Returns
+    -------
+    dx : ndarray
+        `out`, or a new array of x's shape, dtype and order of memory.
+    dweight, dbias : ndarray or None
+        Of weight's and bias's shape and dtype, summed in float64 in a fixed order; None where they are absent.
+    dresidual : ndarray
+        Only if `residual` is given: dy' in x's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described. The message names it; `out` is then as it was.
+    MemoryError
+        If there is no memory for the results.
+
+    Notes
+    -----
+    The sums are those of dy' and dy' * (x - mean), centred: sum(dy' * x) would lose the digits that the mean and
+    x have in common. Masked positions receive gradient through their own y, but none through the statistics, in
+    which they did not count. Wu and He, "Group Normalization", 2018, arXiv:1803.08494; the derivation is that of
+    Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3, over a slab.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import gn_fast
+    >>> rng = np.random.default_rng(0)
+    >>> x, dy = rng.standard_normal((2, 2, 4, 3))
+    >>> dx, dweight, dbias = gn_fast.group_norm_backward(dy, x, 2, weight=np.ones(4))
+    >>> dx.shape, dweight.shape, dbias
+    ((2, 4, 3), (4,), None)
+    """
     cdef Call call
     cdef Job *job = &call.job
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), g, dx = None, dresidual

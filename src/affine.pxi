@@ -8,7 +8,7 @@ cdef struct Standard:  # a group's part of the affine: x * power - mean - rest i
 cdef inline void standardize(const double *stats, Py_ssize_t groups, Py_ssize_t g, double eps, Standard *z, real _) noexcept nogil:
     """Split the mean into a value of the compute type and the rest, up to 3% of a standard deviation where mean/std is
     1e6. The power of two near rstd costs no bit and keeps all factors in range for any finite x."""
-    cdef double mean = stats[PIVOT * groups + g] + stats[SHIFT * groups + g]
+    cdef double mean = stats[PIVOT * groups + g]
     cdef double rstd = 1 / sqrt(stats[M2 * groups + g] / max(stats[COUNT * groups + g], 1.0) + eps)
     z.power = power_near(rstd)
     if not -1e30 < mean * z.power < 1e30:
@@ -42,8 +42,8 @@ cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels,
     cdef Py_ssize_t i
     for i in range(channels):
         scale[i] = <real> (weight[i] * factor)
-    for i in range(channels):
-        shift[i] = <real> (bias[i] - rest * (weight[i] * factor))
+    for i in range(channels):  # an infinite scale must not make a NaN of the shift
+        shift[i] = <real> (bias[i] - (rest * (weight[i] * factor) if scale[i] - scale[i] == 0 else 0))
 
 
 cdef inline void add_residual(const Job *job, const Span *t, real *y, Py_ssize_t row) noexcept nogil:
@@ -86,6 +86,7 @@ cdef inline void next_tile(const Job *job, const Unit *u, Py_ssize_t pos, Py_ssi
     t.c = u.c + pos // job.S
     t.s = pos % job.S
     t.rows = 1
+    t.planar = True
     t.lanes = min(stop - pos, TILE if job.S >= SHORT else WIDTH)
     last = (pos + t.lanes - 1) // job.S
     if last >= w.first + w.count:
@@ -201,6 +202,7 @@ cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, 
     cdef Span t
     t.n = u.n
     t.c = u.c
+    t.planar = False
     while t.c < u.c + u.channels:
         t.lanes = strip(job, t.c, u.c + u.channels)
         lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)

@@ -225,6 +225,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef Span t
     t.n = u.n
     t.c = u.c
+    t.planar = False
     while t.c < u.c + u.channels:
         t.lanes = strip(job, t.c, u.c + u.channels)
         k = t.c - u.c

@@ -29,6 +29,7 @@ cdef enum:
     WIDTH = 512  # lanes of an interleaved tile at most: its channels, or several positions of few channels
     AREA = 8192  # values of an interleaved tile at most, 32 KiB of float32
     PIVOT_ROWS = 8  # averaged for a pivot: 0.4 standard deviations from the mean are as good as none
+    SMALL = 512  # groups of fewer values have their moments computed in float64
     SHORT = 16  # channels of fewer positions are worked on many at a time
 
 include "moments.pxi"
@@ -40,12 +41,15 @@ include "gradient.pxi"
 
 
 cdef void give_moments(const Job *job, Py_ssize_t unit, double *known) noexcept nogil:
+    """Round the mean to one float64, so that a later call with these moments gives the same bits."""
     cdef Unit u = unit_of(job, unit)
     cdef Py_ssize_t g, i = u.n * job.G + u.first
-    if job.mean != NULL:
-        for g in range(u.groups):
+    for g in range(u.groups):
+        known[PIVOT * u.groups + g] += known[SHIFT * u.groups + g]
+        known[SHIFT * u.groups + g] = 0
+        if job.mean != NULL:
             job.count[i + g] = <int64_t> known[COUNT * u.groups + g]
-            job.mean[i + g] = known[PIVOT * u.groups + g] + known[SHIFT * u.groups + g]
+            job.mean[i + g] = known[PIVOT * u.groups + g]
             job.m2[i + g] = known[M2 * u.groups + g]
 
 
@@ -64,7 +68,9 @@ cdef void merge_moments(const Job *job, Py_ssize_t unit, double *into, const dou
 
 
 cdef void moments32(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
-    if job.interleaved:
+    if job.K * job.S < SMALL:
+        small_moments(job, unit, found)
+    elif job.interleaved:
         interleaved_moments[float](job, unit, chunk, found, 0)
     else:
         planar_moments[float](job, unit, chunk, found, 0)
@@ -96,7 +102,9 @@ cdef void settle32(const Job *job, Py_ssize_t unit, double *known) noexcept nogi
 
 
 cdef void moments64(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
-    if job.interleaved:
+    if job.K * job.S < SMALL:
+        small_moments(job, unit, found)
+    elif job.interleaved:
         interleaved_moments[double](job, unit, chunk, found, 0)
     else:
         planar_moments[double](job, unit, chunk, found, 0)

@@ -50,14 +50,26 @@ cdef inline void accumulate(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_s
             s2[j] += d0 * d0
 
 
-cdef inline void lane_means(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes, real *p) noexcept nogil:
+cdef inline void lane_means(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes, real *mean, real *size) noexcept nogil:
+    """The means of x and of |x| down each lane."""
     cdef real share = <real> 1 / <real> rows  # multiplied first: the sum could overflow
+    cdef real v
     cdef Py_ssize_t r, j
     for j in range(lanes):
-        p[j] = 0
+        mean[j] = 0
+        size[j] = 0
     for r in range(rows):
         for j in range(lanes):
-            p[j] += x[r * row + j] * share
+            v = x[r * row + j] * share
+            mean[j] += v
+            size[j] += v if v > 0 else -v
+
+
+cdef inline real on_grid(real p, real size) noexcept nogil:
+    """A pivot rounded to the spacing of numbers four times as large as the data: then x - p is exact or its error is
+    random. With lower bits of its own, it would shift all x of one binade by the same error, which no average removes."""
+    cdef real above = 4 * size if size < <real> 1e37 else <real> 0
+    return (p + above) - above
 
 
 cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
@@ -73,6 +85,40 @@ cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
     return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]))
 
 
+cdef inline void add_about(double x, double pivot, double *sum, double *error) noexcept nogil:
+    cdef double d = x - pivot, z = d - x, t
+    error[0] += (x - (d - z)) - (pivot + z)
+    t = sum[0] + d
+    z = t - sum[0]
+    error[0] += (sum[0] - (t - z)) + (d - z)
+    sum[0] = t
+
+
+cdef double sum_about(const real *x, Py_ssize_t n, double pivot) noexcept nogil:
+    """sum(x - pivot) as if in twice the precision: Ogita, Rump and Oishi (2005), algorithm 4.4, over 8 lanes."""
+    cdef double sum[8]
+    cdef double error[8]
+    cdef double t, z
+    cdef Py_ssize_t i = 0, j, m
+    for j in range(8):
+        sum[j] = error[j] = 0
+    while i < n:
+        m = 8 if n - i >= 8 else n - i  # a constant 8 is vectorised
+        if m == 8:
+            for j in range(8):
+                add_about(x[i + j], pivot, &sum[j], &error[j])
+        else:
+            for j in range(m):
+                add_about(x[i + j], pivot, &sum[j], &error[j])
+        i += m
+    for j in range(1, 8):
+        t = sum[0] + sum[j]
+        z = t - sum[0]
+        error[0] += ((sum[0] - (t - z)) + (sum[j] - z)) + error[j]
+        sum[0] = t
+    return sum[0] + error[0]
+
+
 cdef inline bint lossy(double sum_of_squares) noexcept nogil:
     """Whether squares may have under- or overflowed in float32 (in float64 the same bounds do no harm)."""
     return not 8e-28 < sum_of_squares < 1e36
@@ -83,7 +129,7 @@ cdef inline double power_near(double v) noexcept nogil:
     return min(max(gn_power_of_two(v), 2.0 ** -126), 2.0 ** 126)
 
 
-cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real *copy, double *moments) noexcept nogil:
+cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real *copy, double *moments, bint exact) noexcept nogil:
     """The moments of n <= TILE values of one group; where the mask is 0 they do not count."""
     cdef real p[LANES]
     cdef real s1[LANES]
@@ -92,13 +138,16 @@ cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real *copy
     cdef double count = n, sum1, sum2
     cdef real pivot, power = 1, big = 0
     if mask == NULL:
-        lane_means[real](x, lanes, min(rows, PIVOT_ROWS), lanes, p)
-        pivot = <real> (total[real](p, lanes) / lanes)
+        lane_means[real](x, lanes, min(rows, PIVOT_ROWS), lanes, p, s1)
+        pivot = on_grid[real](<real> (total[real](p, lanes) / lanes), <real> (total[real](s1, lanes) / lanes))
     else:
         count = total[real](mask, n)
         for j in range(n):
             copy[j] = x[j] if mask[j] != 0 else <real> 0
         pivot = <real> (total[real](copy, n) / max(count, 1.0))
+        for j in range(n):
+            copy[j] = max(copy[j], -copy[j])
+        pivot = on_grid[real](pivot, <real> (total[real](copy, n) / max(count, 1.0)))
         for j in range(n):
             copy[j] = x[j] if mask[j] != 0 else pivot
         x = copy
@@ -122,6 +171,8 @@ cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real *copy
             copy[j] = x[j] / power
         x = copy
         pivot = pivot / power
+    if exact and not lossy(sum2):
+        sum1 = sum_about[real](x, n, pivot)
     moments[COUNT] = count
     moments[PIVOT] = <double> pivot * power
     moments[SHIFT] = sum1 / max(count, 1.0) * power
@@ -141,6 +192,7 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
     bounds(job, chunk, &pos, &stop)
     t.n = u.n
     t.rows = 1
+    t.planar = True
     while pos < stop:
         t.c = u.c + pos // job.S
         t.s = pos % job.S
@@ -148,7 +200,7 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
         x = load[real](job, &job.x, &t, xtile, &row)
         if job.mask.data != NULL:
             mask = load[real](job, &job.mask, &t, mtile, &row)
-        planar_block[real](x, mask, t.lanes, copy, block)
+        planar_block[real](x, mask, t.lanes, copy, block, False)
         merge(found, block, 1)
         pos += t.lanes
 
@@ -161,6 +213,8 @@ cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_
     cdef real s2[WIDTH]
     cdef real count[WIDTH]
     cdef real power[WIDTH]
+    cdef real size[WIDTH]
+    cdef real v
     cdef double mean
     cdef Py_ssize_t r, j
     cdef bint again = False
@@ -170,17 +224,23 @@ cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_
         s1[j] = 0
         s2[j] = 0
     if mask == NULL:
-        lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p)
+        lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p, size)
     else:
         for j in range(lanes):
             count[j] = 0
             p[j] = 0
+            size[j] = 0
         for r in range(rows):
             for j in range(lanes):
                 count[j] += mask[r * lanes + j]
         for r in range(rows):
             for j in range(lanes):
-                p[j] += x[r * row + j] / count[j] if mask[r * lanes + j] != 0 else <real> 0
+                v = x[r * row + j] / count[j] if mask[r * lanes + j] != 0 else <real> 0
+                p[j] += v
+                size[j] += max(v, -v)
+    for j in range(lanes):
+        p[j] = on_grid[real](p[j], size[j])
+    if mask != NULL:
         for r in range(rows):
             for j in range(lanes):
                 copy[r * lanes + j] = x[r * row + j] if mask[r * lanes + j] != 0 else p[j]
@@ -209,6 +269,33 @@ cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_
         moments[PIVOT * n + j] = <double> p[j] * power[j]
         moments[SHIFT * n + j] = mean * power[j]
         moments[M2 * n + j] = (s2[j] - s1[j] * mean) * power[j] * power[j]
+
+
+cdef void small_moments(const Job *job, Py_ssize_t unit, double *found) noexcept nogil:
+    """The moments of groups of fewer than SMALL values, in either layout, in float64: so few float32 roundings do not
+    average out."""
+    cdef double xtile[SMALL]
+    cdef double mtile[SMALL]
+    cdef double copy[SMALL]
+    cdef double block[4]
+    cdef const double *mask = NULL
+    cdef Unit u = unit_of(job, unit)
+    cdef Py_ssize_t g, field
+    cdef Span t
+    t.n = u.n
+    t.s = 0
+    t.rows = 1
+    t.planar = True
+    t.lanes = job.K * job.S
+    for g in range(u.groups):
+        t.c = u.c + g * job.K
+        move[double](job, &job.x, &t, xtile, False)
+        if job.mask.data != NULL:
+            move[double](job, &job.mask, &t, mtile, False)
+            mask = mtile
+        planar_block[double](xtile, mask, t.lanes, copy, block, job.x.storage == FLOAT64)
+        for field in range(4):
+            found[field * u.groups + g] = block[field]
 
 
 cdef inline Py_ssize_t strip(const Job *job, Py_ssize_t c, Py_ssize_t stop) noexcept nogil:
@@ -264,6 +351,7 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
     cdef const real *mask = NULL
     cdef Span t
     t.n = u.n
+    t.planar = False
     while c < u.c + u.channels:
         width = strip(job, c, u.c + u.channels)
         n = widest(width)

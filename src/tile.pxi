@@ -18,7 +18,8 @@ cdef enum:
 
 cdef struct Span:  # the part of an array that a tile holds, from sample n, channel c, position s on
     Py_ssize_t n, c, s
-    Py_ssize_t rows, lanes  # planar: one row of values; interleaved: positions x channels
+    Py_ssize_t rows, lanes  # positions x channels; planar: 1 x so many values, channel by channel
+    bint planar
 
 
 cdef void widen(Storage storage, const void *memory, real *tile, Py_ssize_t n) noexcept nogil:
@@ -134,30 +135,27 @@ cdef void move(const Job *job, const View *v, const Span *t, real *tile, bint st
     cdef Py_ssize_t inner = v.shape[v.ndim - 1], stride = v.stride[v.ndim - 1], total = t.rows * t.lanes
     cdef Py_ssize_t c = t.c, s = t.s, done = 0, run
     cdef bint flat
-    if job.interleaved:
+    if t.planar:
+        flat = v.ndim == 1 and v.channel_stride == job.S * stride
+    else:
         stride = v.channel_stride
         flat = v.ndim == 1 and v.stride[0] == t.lanes * stride
-    else:
-        flat = v.ndim == 1 and v.channel_stride == job.S * stride
     while done < total:
         if flat:
             run = total
-        elif job.interleaved:
-            run = t.lanes
-        else:
+        elif t.planar:
             run = min(total - done, inner - s % inner)
+        else:
+            run = t.lanes
         if store:
             write_run[real](v, address(v, t.n, c, s), stride, tile + done, run)
         else:
             read_run[real](v, address(v, t.n, c, s), stride, tile + done, run)
         done += run
-        if job.interleaved:
-            s += 1
-        else:
-            s += run
-            if s == job.S:
-                s = 0
-                c += 1
+        s += run if t.planar else 1
+        if s == job.S and t.planar:
+            s = 0
+            c += 1
 
 
 cdef inline real *direct(const Job *job, const View *v, const Span *t, real *buffer, Py_ssize_t *row) noexcept nogil:
@@ -166,7 +164,7 @@ cdef inline real *direct(const Job *job, const View *v, const Span *t, real *buf
     row[0] = t.lanes
     if v.storage < FLOAT32 or v.itemsize != sizeof(real) or v.buffered:
         return buffer
-    if job.interleaved:
+    if not t.planar:
         if v.channel_stride != v.itemsize or v.ndim > 1 or v.stride[0] % v.itemsize:
             return buffer
         row[0] = v.stride[0] // v.itemsize

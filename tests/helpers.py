@@ -1,0 +1,145 @@
+"""What the tests share: dtypes, arrays in every memory order, and the exact oracle with its bounds.
+
+The oracle here is independent of `gn_fast.reference`: its sums are exact (`math.fsum`), so it stands for the
+definition wherever the inputs have at most 24 bits. For float64 inputs it works in 40 digits.
+"""
+
+import math
+
+import ml_dtypes
+import mpmath
+import numpy as np
+
+import gn_fast
+
+LEVELS = gn_fast.isa_levels()
+LAYOUTS = ["channels-first", "channels-last"]
+RATIOS = [0.0, 1.0, 1e2, 1e4, 1e6]  # |mean| / std
+DTYPES = [np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)]
+ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh", "mish"]
+
+EPS32 = float(np.finfo(np.float32).eps)
+EPS64 = float(np.finfo(np.float64).eps)
+
+
+def name_of(value):
+    """Readable test ids."""
+    return str(value)
+
+
+def in_layout(x, layout):
+    """The values of x, of shape (N, C, *spatial), in C order or channels-last in memory, same shape."""
+    if layout == "channels-first":
+        return np.ascontiguousarray(x)
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+
+
+def normal(rng, shape, dtype=np.float32, mean=0.0):
+    return (mean + rng.standard_normal(shape)).astype(dtype)
+
+
+def assert_same_bits(a, b, what=""):
+    """Equal to the last bit, NaNs and signs of zeros too, whatever the memory order."""
+    assert a.dtype == b.dtype, what
+    assert a.shape == b.shape, what
+    unsigned = f"u{a.dtype.itemsize}"
+    bits_a = np.ascontiguousarray(a).reshape(-1).view(unsigned)
+    bits_b = np.ascontiguousarray(b).reshape(-1).view(unsigned)
+    differ = np.flatnonzero(bits_a != bits_b)
+    assert not differ.size, f"{what}: {differ.size} of {a.size} differ, the first at {differ[0]}"
+
+
+def assert_same_moments(a, b, what=""):
+    for field in ("count", "mean", "m2"):
+        assert_same_bits(getattr(a, field), getattr(b, field), f"{what} {field}")
+
+
+# ---- the definition, exactly -----------------------------------------------------------------------------
+
+
+def slabs_of(values, num_groups):
+    n, c, *spatial = values.shape
+    return values.reshape(n, num_groups, c // num_groups * math.prod(spatial))
+
+
+def exact_statistics(x, num_groups):
+    """Mean (as a sum of two float64), deviations and m2 of each slab; right to a few 1e-16 relative."""
+    slabs = slabs_of(x.astype(np.float64), num_groups)
+    mean, rest, m2 = np.zeros((3, *slabs.shape[:2]))
+    deviation = np.empty_like(slabs)
+    for i in np.ndindex(mean.shape):
+        v, d = slabs[i], slabs.shape[-1]
+        mean[i] = math.fsum(v) / d
+        rest[i] = math.fsum(v - mean[i]) / d  # the deviations are exact or rounded at 2^-53 of themselves
+        deviation[i] = (v - mean[i]) - rest[i]
+        m2[i] = math.fsum(deviation[i] ** 2)
+    return mean, deviation, m2
+
+
+def per_channel(v, ndim):
+    return v.reshape(*v.shape, *(1,) * (ndim - 2)) if v.ndim == 2 else v.reshape(1, -1, *(1,) * (ndim - 2))
+
+
+def exact_group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
+    """The exact y of inputs of at most 24 bits, and the scale of its error.
+
+    The scale is |weight| * (|xhat| + 1/16) + |bias|: an element nearer the mean than a sixteenth of the
+    standard deviation is measured there.
+    """
+    _, deviation, m2 = exact_statistics(x, num_groups)
+    with np.errstate(all="ignore"):
+        rstd = 1 / np.sqrt(m2 / max(deviation.shape[-1], 1) + eps)
+        xhat = (deviation * rstd[..., None]).reshape(x.shape)
+        w = per_channel(np.ones(x.shape[1]) if weight is None else weight.astype(np.float64), x.ndim)
+        b = per_channel(np.zeros(x.shape[1]) if bias is None else bias.astype(np.float64), x.ndim)
+        return xhat * w + b, np.abs(w) * (np.abs(xhat) + 1 / 16) + np.abs(b)
+
+
+def exact_group_norm_in_40_digits(x, num_groups, weight, bias, eps=1e-5):
+    """Exact y as mpf objects, and |weight| * (|xhat| + |mean| * rstd) + |bias|; both (N, C, -1)."""
+    with mpmath.workdps(40):
+        values = x.reshape(*x.shape[:2], -1)
+        y, scale = np.empty(values.shape, object), np.empty(values.shape)
+        size = x.shape[1] // num_groups
+        for n, g in np.ndindex(x.shape[0], num_groups):
+            channels = slice(g * size, (g + 1) * size)
+            slab = [mpmath.mpf(float(v)) for v in values[n, channels].ravel()]
+            mean = mpmath.fsum(slab) / len(slab)
+            deviation = [v - mean for v in slab]
+            var = mpmath.fsum(d * d for d in deviation) / len(slab)
+            rstd = 1 / mpmath.sqrt(var + mpmath.mpf(eps))
+            xhat = np.array([d * rstd for d in deviation], object).reshape(size, -1)
+            w = np.array([mpmath.mpf(float(v)) for v in weight[channels]], object)[:, None]
+            b = np.array([mpmath.mpf(float(v)) for v in bias[channels]], object)[:, None]
+            y[n, channels] = xhat * w + b
+            offset = float(abs(mean) * rstd)
+            scale[n, channels] = (abs(xhat).astype(float) + offset) * abs(w).astype(float) + abs(b).astype(
+                float
+            )
+        return y, scale
+
+
+def spacing(values, dtype):
+    """The distance of a dtype's neighbours at these float64 values."""
+    info = ml_dtypes.finfo(dtype)
+    _, exponent = np.frexp(np.abs(values))
+    return np.maximum(np.ldexp(float(info.eps), exponent - 1), float(info.smallest_subnormal))
+
+
+def bound(exact, scale, dtype):
+    """How far a result may be from the exact one, for storage narrower than float64.
+
+    float32: 2 ulp at the scale. 16 bits: 1 ulp of the output, or, where it is so near 0 that its ulp is finer
+    than float32's at the scale, that error and one rounding to nearest.
+    """
+    error = 2 * EPS32 * scale
+    if dtype == np.float32:
+        return error
+    return np.maximum(spacing(exact, dtype), error + 0.5 * spacing(np.abs(exact) + error, dtype))
+
+
+def assert_within_bound(y, x, num_groups, weight=None, bias=None, eps=1e-5, what=""):
+    exact, scale = exact_group_norm(x, num_groups, weight, bias, eps)
+    error = np.abs(y.astype(np.float64) - exact)
+    worst = np.max(error / bound(exact, scale, y.dtype), initial=0.0)
+    assert worst <= 1, f"{what or (x.shape, num_groups)}: {worst:.3g} times the bound"

@@ -1,0 +1,119 @@
+"""The documentation is complete, and every example in it runs.
+
+pytest itself runs those of README.md and of the interpreted modules; here are the compiled ones and docs/.
+"""
+
+import doctest
+import inspect
+import re
+import types
+from pathlib import Path
+
+import pytest
+
+import gn_fast
+from gn_fast import reference
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PUBLIC = [name for name in gn_fast.__all__ if name != "reference"]
+FUNCTIONS = [name for name in PUBLIC if name != "Moments"]
+NOTHING_RETURNED = {"set_num_threads", "num_threads", "use_isa"}
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def run(test):
+    report = []
+    runner = doctest.DocTestRunner(verbose=False)
+    runner.run(test, out=report.append)
+    assert runner.failures == 0, "".join(report)
+
+
+def sections(doc):
+    """The numpydoc sections of a docstring."""
+    section = re.compile(r"^(\w+)\n-+\n(.*?)(?=^\w+\n-+\n|\Z)", re.MULTILINE | re.DOTALL)
+    return dict(section.findall(inspect.cleandoc(doc)))
+
+
+# ---- docstrings ------------------------------------------------------------------------------------------
+
+
+def test_what_is_public_is_listed():
+    found = {name for name, value in vars(gn_fast).items()
+             if not name.startswith("_") and not isinstance(value, types.ModuleType)}  # fmt: skip
+    assert found | {"reference"} == set(gn_fast.__all__)
+    assert sorted(gn_fast.__all__) == gn_fast.__all__
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_run(name):
+    tests = doctest.DocTestFinder().find(getattr(gn_fast, name), name, globs={"Moments": gn_fast.Moments})
+    assert any(test.examples for test in tests), "no example"
+    for test in tests:
+        run(test)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_docstrings_have_their_sections(name):
+    public = getattr(gn_fast, name)
+    has = sections(public.__doc__)
+    parameters = inspect.signature(public).parameters
+    if parameters:
+        documented = re.findall(r"^(\S.*?)(?: :|$)", has["Parameters"], re.MULTILINE)
+        assert [one.lstrip("*") for names in documented for one in names.split(", ")] == list(parameters)
+        assert "Raises" in has
+    if name in FUNCTIONS and name not in NOTHING_RETURNED:
+        assert "Returns" in has
+
+
+@pytest.mark.parametrize("name", ["group_norm", "group_norm_backward", "group_moments", "Moments.merge"])
+def test_formulas_have_their_source(name):
+    public = gn_fast.Moments.merge if "." in name else getattr(gn_fast, name)
+    assert re.search(r"arXiv:\d{4}\.\d{5}|\(19\d\d\)", sections(public.__doc__)["Notes"])
+
+
+@pytest.mark.parametrize("name", sorted(set(reference.__all__) & set(PUBLIC) - {"Moments"}))
+def test_the_reference_has_the_same_arguments(name):
+    def arguments(module):
+        parameters = inspect.signature(getattr(module, name)).parameters.values()
+        return [(p.name, p.kind, p.default) for p in parameters]
+
+    assert arguments(gn_fast) == arguments(reference)
+
+
+# ---- pages -----------------------------------------------------------------------------------------------
+
+
+def blocks(page):
+    """Language and content of the fenced blocks."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pages
+def test_every_block_of_python_is_an_example(page):
+    for language, content in blocks(page):
+        assert language, f"a block without a language: {content}"
+        if language in ("python", "py", "pycon"):
+            assert language == "pycon", f"not run, as it has no prompts: {content}"
+            assert content.startswith(">>> ")
+
+
+@pages
+def test_examples_of_a_page_run(page):
+    # Without the fences, which doctest would take for expected output.
+    examples = "\n".join(content for language, content in blocks(page) if language == "pycon")
+    run(doctest.DocTestParser().get_doctest(examples, {}, page.name, str(page), 0))
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+@pages
+def test_files_named_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:src|gn_fast|tests|docs|benchmarks|\.ci)/[^`<>*]*)`", text):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,338 @@
+"""Everything in one call, against the reference: every option, dtype, layout, stride and aliasing.
+
+The tolerance is that of test_accuracy.py for the argument z of the activation, with |residual| in the scale,
+times the activation's slope, which is at most 1.13; on top come 4 ulp of the activation itself.
+"""
+
+import hypothesis.extra.numpy as hnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import (
+    ACTIVATIONS,
+    DTYPES,
+    EPS32,
+    EPS64,
+    LAYOUTS,
+    assert_same_bits,
+    assert_same_moments,
+    in_layout,
+    name_of,
+    normal,
+    spacing,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import gn_fast
+from gn_fast import Moments, reference
+
+STEEPEST = 1.13  # of all the activations: that of gelu at sqrt(2)
+both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def steps_of_exp(z, activation):
+    """How many ulp float64's own exp, erfc and tanh may be off on the left, where they are e^u: about u."""
+    t = np.clip(-z, 0, 40)
+    return 1 + {"gelu": t**2 / 2, "gelu_tanh": 1.6 * t + 0.0714 * t**3, None: 0, "relu": 0}.get(activation, t)
+
+
+def expected_and_tolerance(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None,
+                           activation=None, mask=None, moments=None):  # fmt: skip
+    wide = {"axis": axis, "mask": mask, "moments": moments, "eps": eps}
+    with np.errstate(all="ignore"):
+        values = x.astype(np.float64)
+        xhat, m = reference.group_norm(values, num_groups, **wide, return_moments=True)
+        z = reference.group_norm(values, num_groups, weight, bias, residual=residual, **wide)
+        y = reference.group_norm(
+            values, num_groups, weight, bias, residual=residual, activation=activation, **wide
+        )
+
+        def spread(v):
+            v = np.repeat(v, x.shape[axis] // v.shape[1], 1) if v.ndim == 2 else v[None]
+            return np.moveaxis(v.reshape(*v.shape, *(1,) * (x.ndim - 2)), 1, axis)
+
+        w = 1.0 if weight is None else np.abs(spread(np.asarray(weight, np.float64)))
+        b = 0.0 if bias is None else np.abs(spread(np.asarray(bias, np.float64)))
+        r = 0.0 if residual is None else np.abs(np.asarray(residual, np.float64))
+        offset = w * spread(np.abs(m.mean) * m.rstd(eps))
+        # The reference sums in float64: its error near the mean is measured at one standard deviation.
+        own = 4 * EPS64 * (w * (np.abs(xhat) + 1) + offset + b + r)
+        if x.dtype.itemsize == 8 or (x.dtype.kind != "f" and x.dtype != DTYPES[1]):
+            error = 2 * own
+            error = STEEPEST * error + 8 * EPS64 * steps_of_exp(z, activation) * np.abs(y) + 5e-324
+        else:
+            error = 2 * EPS32 * (w * (np.abs(xhat) + 1 / 16) + b + r) + own
+            if activation is not None:
+                # Subnormal results are off by spacings.
+                error = STEEPEST * error + 4 * EPS32 * np.abs(y) + 4 * 1.4e-45
+            if x.dtype.itemsize == 2:
+                error = error + 0.5 * spacing(np.where(np.isfinite(y), np.abs(y) + error, 1), x.dtype)
+    return y, error
+
+
+def assert_as_reference(result, arguments, what=""):
+    expected, tolerance = expected_and_tolerance(**arguments)
+    largest = float(ml_dtypes.finfo(result.dtype).max)
+    result = result.astype(np.float64)
+    np.testing.assert_array_equal(np.isnan(result), np.isnan(expected), what)
+    infinite = np.isinf(expected)
+    np.testing.assert_array_equal(result[infinite], expected[infinite], what)
+    tolerance = np.broadcast_to(tolerance, expected.shape)
+    with np.errstate(invalid="ignore"):
+        # Where the exact value may lie beyond the largest of the dtype, infinity is right.
+        beyond = np.isinf(result) & (np.abs(expected) + tolerance >= largest) & (result * expected > 0)
+        compared = np.isfinite(expected) & ~beyond
+        error = np.abs(result - expected)[compared]
+    worst = np.max(error / tolerance[compared], initial=0.0)
+    assert worst <= 1, f"{what}: {worst:.3g} times the tolerance"
+
+
+# ---- every combination, by Hypothesis --------------------------------------------------------------------
+
+
+def lay_out(draw, values):
+    """The values in memory of any order, steps, direction and neighbourhood."""
+    ndim = values.ndim
+    order = draw(st.permutations(range(ndim)), label="order")
+    steps = draw(
+        st.lists(st.sampled_from([1, 1, 1, 2, 3, -1, -2]), min_size=ndim, max_size=ndim), label="steps"
+    )
+    pads = draw(st.lists(st.sampled_from([0, 0, 1, 5]), min_size=ndim, max_size=ndim), label="pads")
+    shape = [values.shape[d] * abs(steps[d]) + 2 * pads[d] for d in range(ndim)]
+    memory = np.zeros([shape[d] for d in order], values.dtype).transpose(np.argsort(order))
+    inner = memory[tuple(slice(p, n - p) for p, n in zip(pads, shape, strict=True))]
+    view = inner[tuple(slice(None, None, step) for step in steps)]
+    view[...] = values
+    return view
+
+
+def data(draw, shape, dtype):
+    """Mostly ordinary values, drawn by seed; sometimes Hypothesis's own, or with NaN or infinities among."""
+    kind = draw(
+        st.sampled_from(["normal", "normal", "offset", "arbitrary", "few", "poisoned"]), label="values"
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32), label="seed"))
+    if kind == "arbitrary":  # 1000 / sqrt(eps) is the largest ratio of mean to deviation that is promised
+        elements = st.floats(-1000, 1000, width=16)
+        return draw(hnp.arrays(np.float32, shape, elements=elements)).astype(dtype)
+    values = rng.standard_normal(shape)
+    if kind == "offset":
+        values += 1000
+    if kind == "few":
+        values = rng.integers(0, 2, shape).astype(float)
+    if kind == "poisoned":
+        values[rng.random(shape) < 0.02] = draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+    return values.astype(dtype)
+
+
+@st.composite
+def calls(draw):
+    dtype = draw(st.sampled_from(DTYPES), label="dtype")
+    ndim = draw(st.integers(2, 5), label="ndim")
+    groups = draw(st.sampled_from([1, 2, 3, 5, 8]), label="groups")
+    size = draw(st.sampled_from([1, 2, 3, 4, 7, 16, 43]), label="channels of a group")
+    largest = {2: 0, 3: 150, 4: 17, 5: 6}[ndim]
+    spatial = [draw(st.integers(0 if draw(st.integers(0, 30)) == 0 else 1, largest)) for _ in range(ndim - 2)]
+    n, c = draw(st.integers(1, 3), label="n"), groups * size
+    axis = draw(st.sampled_from([d for d in range(1 - ndim, ndim) if d % ndim]), label="axis")
+
+    def shaped(channels):
+        rest = [n, *spatial]
+        rest.insert(axis % ndim, channels)
+        return tuple(rest)
+
+    parameter = st.sampled_from([None, (c,), (n, c)])
+    other = st.sampled_from(DTYPES)
+    arguments = {"x": lay_out(draw, data(draw, shaped(c), dtype)), "num_groups": groups, "axis": axis}
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    for name in ("weight", "bias"):
+        shape = draw(parameter, label=name)
+        if shape is not None:
+            arguments[name] = lay_out(draw, rng.standard_normal(shape).astype(draw(other)))
+    arguments["eps"] = draw(st.sampled_from([1e-5, 1e-5, 1e-2, 1.0]), label="eps")
+    arguments["activation"] = draw(st.sampled_from(ACTIVATIONS), label="activation")
+    if draw(st.booleans(), label="residual"):
+        arguments["residual"] = lay_out(draw, data(draw, shaped(c), draw(other)))
+    if draw(st.booleans(), label="mask"):
+        part = [length if draw(st.integers(0, 3)) else 1 for length in shaped(1)]
+        mask = rng.random(part) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+        arguments["mask"] = lay_out(draw, mask)[(0,) * draw(st.integers(0, 1)) if part[0] == 1 else ()]
+    if draw(st.integers(0, 3), label="moments") == 0:
+        count = rng.integers(0, 5, (n, groups))
+        arguments["moments"] = Moments(
+            count, 3 * rng.standard_normal(count.shape), count * rng.random(count.shape)
+        )
+    return arguments
+
+
+@settings(max_examples=700, deadline=None, suppress_health_check=list(HealthCheck))
+@given(calls(), st.data())
+def test_every_combination_is_that_of_the_reference(arguments, drawn):
+    x = arguments["x"]
+    before = {name: value.copy() for name, value in arguments.items() if isinstance(value, np.ndarray)}
+    y, m = gn_fast.group_norm(**arguments, return_moments=True)
+    assert y.dtype == x.dtype
+    assert y.strides == np.empty_like(x).strides
+    assert_as_reference(y, arguments)
+    if "moments" in arguments:
+        assert m is arguments["moments"]
+    else:
+        only = {name: arguments[name] for name in ("x", "num_groups", "axis", "mask") if name in arguments}
+        assert_same_moments(gn_fast.group_moments(**only), m)
+        np.testing.assert_array_equal(m.count, reference.group_moments(**only).count)
+    for name, value in before.items():
+        assert_same_bits(arguments[name], value, name)
+
+    # Into any other array, and on top of an input in any way: the same bits.
+    aliasing = drawn.draw(
+        st.sampled_from(["fresh", "x", "x moved", "residual", "residual moved"]), label="out"
+    )
+    name = aliasing.split()[0]
+    if name in arguments and arguments[name].dtype == x.dtype:
+        base = np.zeros((x.shape[0] + 1, *x.shape[1:]), x.dtype)
+        if aliasing.endswith("moved"):
+            order = np.argsort([-abs(s) for s in arguments[name].strides], kind="stable")
+            base = np.zeros(2 * x.size + 3, x.dtype)
+            here = base[: x.size].reshape([x.shape[d] for d in order]).transpose(np.argsort(order))
+            shift = drawn.draw(st.integers(0, x.size), label="shift")
+            out = base[shift : shift + x.size].reshape(x.shape)
+            if name == "x":  # a copy in one piece has the bits of the same walk only if the walk is the same
+                here[...] = x
+                arguments = arguments | {"x": here}
+                y = gn_fast.group_norm(**(arguments | {"x": here.copy(order="K")}))
+            else:
+                here[...] = arguments[name]
+                arguments = arguments | {name: here}
+        else:
+            out = arguments[name]
+    else:
+        out = lay_out(drawn.draw, np.full(x.shape, 7, x.dtype))
+    assert gn_fast.group_norm(**arguments, out=out) is out
+    assert_same_bits(out, y, aliasing)
+
+
+# ---- activations -----------------------------------------------------------------------------------------
+
+
+def activated(z, activation):
+    given = Moments([[1]], [[0.0]], [[1.0]])
+    return gn_fast.group_norm(z.reshape(1, 1, -1), 1, eps=0, moments=given, activation=activation).ravel()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activations_are_within_4_ulp_over_the_whole_range(activation):
+    """Every 4001st float32 there is; subnormal results within 4 of their spacings."""
+    z = np.arange(0, 2**32, 4001, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    z = np.concatenate([z[np.isfinite(z)], np.linspace(-110, 110, 200_001, dtype=np.float32)])
+    expected, _ = reference._ACTIVATIONS[activation](z.astype(np.float64))
+    tolerance = 4 * spacing(expected, np.float32)
+    worst = np.max(np.abs(activated(z, activation).astype(np.float64) - expected) / tolerance)
+    assert worst <= 1, f"{4 * worst:.3g} ulp"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_activations_at_the_ends(activation, dtype):
+    z = np.array([-np.inf, np.inf, np.nan, 0.0, 1e4, -1e4, 6e4, -6e4]).astype(dtype)
+    y = activated(z, activation).astype(np.float64)
+    wide = z.astype(np.float64)
+    np.testing.assert_array_equal(y, [0, np.inf, np.nan, 0, wide[4], 0, wide[6], 0])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activations_do_not_overflow(activation):
+    for dtype, large in ((np.float32, 3e38), (np.float64, 1.7e308)):
+        np.testing.assert_array_equal(
+            activated(np.array([large, -large], dtype), activation), np.array([large, 0], dtype)
+        )
+
+
+# ---- mask ------------------------------------------------------------------------------------------------
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_what_the_mask_hides_does_not_count_whatever_it_is(dtype, layout):
+    rng = np.random.default_rng(0)
+    for shape, groups in (((2, 6, 5), 3), ((2, 6, 60, 61), 2), ((2, 515, 30), 1), ((2, 8), 2)):
+        mask = rng.random((2, 1, *shape[2:])) < 0.6
+        mask[0] = mask[0] | (mask[0].size == 1)
+        x = in_layout(normal(rng, shape, dtype, mean=5), layout)
+        m = gn_fast.group_moments(x, groups, mask=mask)
+        hidden = np.broadcast_to(~mask, shape)
+        for junk in (np.nan, np.inf, 1e4, 0.0):
+            x[hidden] = np.array(junk).astype(dtype)
+            arguments = {"x": x, "num_groups": groups, "mask": mask}
+            assert_same_moments(gn_fast.group_moments(**arguments), m, f"{shape} {junk}")
+            assert_as_reference(gn_fast.group_norm(**arguments), arguments, f"{shape} {junk}")
+
+
+@both_layouts
+def test_a_mask_of_all_true_changes_nothing_beyond_the_bound_and_of_all_false_counts_nothing(layout):
+    x = in_layout(normal(np.random.default_rng(0), (2, 6, 43, 41), mean=100), layout)
+    arguments = {"x": x, "num_groups": 2, "mask": True}
+    assert_as_reference(gn_fast.group_norm(**arguments), arguments)
+    arguments["mask"] = False
+    y, m = gn_fast.group_norm(**arguments, return_moments=True)
+    for field in (m.count, m.mean, m.m2):
+        np.testing.assert_array_equal(field, 0)
+    assert_as_reference(y, arguments)
+
+
+@both_layouts
+def test_one_position_left(layout):
+    x = in_layout(normal(np.random.default_rng(0), (1, 4, 7, 9), mean=3), layout)
+    mask = np.zeros((1, 1, 7, 9), bool)
+    mask[..., 6, 8] = True
+    m = gn_fast.group_moments(x, 4, mask=mask)
+    np.testing.assert_array_equal(m.count, 1)
+    np.testing.assert_array_equal(m.mean, x[..., 6, 8])
+    np.testing.assert_array_equal(m.m2, 0)
+
+
+# ---- moments given, returned and merged ------------------------------------------------------------------
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_returned_moments_given_back_give_the_result(dtype, layout):
+    rng = np.random.default_rng(0)
+    x = in_layout(normal(rng, (2, 6, 31, 37), dtype, mean=10), layout)
+    weight, bias = normal(rng, (2, 6))
+    y, m = gn_fast.group_norm(x, 3, weight, bias, return_moments=True)
+    arguments = {"x": x, "num_groups": 3, "weight": weight, "bias": bias}
+    assert_as_reference(y, arguments)
+    assert_as_reference(gn_fast.group_norm(**arguments, moments=m), arguments)
+    frozen = Moments(m.count.astype(">i8"), m.mean[::-1][::-1], np.asfortranarray(m.m2))
+    assert_same_bits(
+        gn_fast.group_norm(**arguments, moments=frozen), gn_fast.group_norm(**arguments, moments=m)
+    )
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("mean", [0, 30])
+def test_tiles_merged_give_the_result_of_the_whole(dtype, mean, layout):
+    x = in_layout(normal(np.random.default_rng(0), (2, 6, 40, 53), dtype, mean=mean), layout)
+    cuts = [(slice(i, i + 13), slice(j, j + 20)) for i in range(0, 40, 13) for j in range(0, 53, 20)]
+    tiles = [x[:, :, a, b] for a, b in cuts]
+    first, *others = (gn_fast.group_moments(tile, 3) for tile in tiles)
+    whole = first.merge(*others)
+    y = np.empty_like(x)
+    for a, b in cuts:
+        gn_fast.group_norm(x[:, :, a, b], 3, moments=whole, out=y[:, :, a, b])
+    assert_as_reference(y, {"x": x, "num_groups": 3})
+
+
+def test_a_volume_on_disk_is_normalized_tile_by_tile(tmp_path):
+    volume = normal(np.random.default_rng(0), (1, 4, 24, 30, 31), mean=100)
+    volume.tofile(tmp_path / "volume.f32")
+    x = np.memmap(tmp_path / "volume.f32", np.float32, "r", shape=volume.shape)
+    y = np.memmap(tmp_path / "result.f32", np.float32, "w+", shape=volume.shape)
+    depths = [slice(d, d + 5) for d in range(0, 24, 5)]
+    first, *others = (gn_fast.group_moments(x[:, :, d], 2) for d in depths)
+    whole = first.merge(*others)
+    for d in depths:
+        gn_fast.group_norm(x[:, :, d], 2, moments=whole, activation="silu", out=y[:, :, d])
+    assert_as_reference(np.asarray(y), {"x": volume, "num_groups": 2, "activation": "silu"})
