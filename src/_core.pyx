@@ -409,6 +409,22 @@ cdef struct Call:
     int wide  # computed in float64
 
 
+import os as _os
+cdef Py_ssize_t STREAM = int(_os.environ.get("GNS", LAST_LEVEL_BYTES))
+cdef Py_ssize_t AHEAD = int(_os.environ.get("GNA", L2_BYTES // 3))
+cdef int plan_memory(Call *call) except -1:
+    """Outputs larger than the last level cache are streamed past it; the next slab is prefetched."""
+    cdef Job *job = &call.job
+    cdef View *x = &job.x
+    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes = job.K * job.S * x.itemsize
+    if values * job.y.itemsize > STREAM:
+        job.y.buffered = job.y.streamed = True
+    if not job.interleaved and x.ndim == 1 and x.stride[0] == x.itemsize and x.channel_stride == job.S * x.itemsize:
+        if unit_bytes <= AHEAD and values * x.itemsize > L2_BYTES and x.sample_stride == job.C * x.channel_stride:
+            job.ahead = unit_bytes
+    return 0
+
+
 cdef int add_pass(Call *call, Pass *of_types) except -1:
     call.plan.passes[call.plan.count] = of_types[call.wide]
     call.plan.count += 1
@@ -420,9 +436,11 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis, str name="x"):
     cdef cnp.ndarray a = as_array(x, name)
     cdef Job *job = &call.job
     job.weight.data = job.bias.data = job.residual.data = job.mask.data = job.dresidual.data = NULL
+    job.weight.storage = job.bias.storage = FLOAT32
     job.count = NULL
     job.mean = job.m2 = NULL
     job.activation = IDENTITY
+    job.ahead = 0
     view_x(job, a, num_groups, axis, &call.axis)
     call.wide = job.x.storage == FLOAT64
     call.plan.job = job
@@ -550,7 +568,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     Notes
     -----
     The moments are found in one pass: blocks of values are summed about a pivot near their mean in float32
-    (float64 for float64) and merged in float64 by the update of Chan, Golub and LeVeque [2]_. The mean is
+    (float64 for float64) and merged in float64 by the update of Chan, Golub and LeVeque (1983) [2]_. The mean is
     subtracted before anything is multiplied. float32 results are within 2 ulp of exact for a mean of up to 1e6
     standard deviations, and the same to the last bit for any number of threads, instruction set, batch and strides.
 
@@ -599,6 +617,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     view(&job.y, y, call.axis)
     job.y.buffered = job.y.data == job.x.data or job.y.data == job.residual.data
     add_pass(&call, kernel.affine)
+    plan_memory(&call)
     run(&call.plan, job.x.itemsize, num_threads)
     result = finished(x, y, out)
     return (result, moments or statistics) if return_moments else result
@@ -636,8 +655,8 @@ def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
 
     Notes
     -----
-    One pass over x, merging blocks by the update of Chan, Golub and LeVeque (The American Statistician 37, 1983,
-    equation 2.1).
+    One pass over x, merging blocks by the update of Chan, Golub and LeVeque (1983), "Algorithms for computing the
+    sample variance", The American Statistician 37, equation 2.1.
 
     Examples
     --------
@@ -687,12 +706,14 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     ----------
     dy : array_like, x's shape
         The gradient with respect to y; any float dtype, any order of memory.
-    x, num_groups, weight, bias, eps, axis, residual, activation, mask, num_threads
+    x, num_groups, weight, bias, eps, axis, residual, activation, mask
         As for :func:`group_norm`, with the values of the forward call.
     moments : Moments, shape (N, G), optional
         x's statistics as the forward call returned them; without them they are computed again, in one more sweep.
     out : ndarray, x's shape and dtype, optional
         Where to write dx. It may be dy or x itself; it must not overlap x in part.
+    num_threads : int, optional
+        As for :func:`group_norm`.
 
     Returns
     -------

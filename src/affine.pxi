@@ -1,6 +1,11 @@
 # The affine: y = act((x - mean) * rstd * weight + bias + residual) on a chunk, tile by tile in both layouts.
 
 
+ctypedef fused value:  # of weights and biases, which may be wider than the compute type
+    float
+    double
+
+
 cdef struct Standard:  # a group's part of the affine: x * power - mean - rest is (x - mean) * rstd / factor
     double power, mean, rest, factor
 
@@ -18,32 +23,44 @@ cdef inline void standardize(const double *stats, Py_ssize_t groups, Py_ssize_t 
     z.factor = rstd / z.power
 
 
-cdef inline const double *values_of_channels(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels,
-                                             double absent, double *buffer) noexcept nogil:
-    """A weight's or bias's values, where they lie if they are contiguous float64."""
+cdef inline const value *of_channels(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, value absent, value *buffer) noexcept nogil:
+    """A weight's or bias's values, where they lie if they need no conversion."""
     cdef Py_ssize_t i
     if v.data == NULL:
         for i in range(channels):
             buffer[i] = absent
-    elif v.storage == FLOAT64 and v.channel_stride == sizeof(double):
-        return <const double *> address(v, n, c, 0)
+    elif v.storage >= FLOAT32 and v.itemsize == sizeof(value) and v.channel_stride == sizeof(value):
+        return <const value *> address(v, n, c, 0)
     else:
-        read_run[double](v, address(v, n, c, 0), v.channel_stride, buffer, channels)
+        read_run[value](v, address(v, n, c, 0), v.channel_stride, buffer, channels)
     return buffer
+
+
+cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, double factor, double rest,
+                          double most, real *scale, real *shift, value _) noexcept nogil:
+    cdef value wbuffer[WIDTH]
+    cdef value bbuffer[WIDTH]
+    cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, wbuffer)
+    cdef const value *bias = of_channels[value](&job.bias, n, c, channels, 0, bbuffer)
+    cdef double moved
+    cdef Py_ssize_t i
+    for i in range(channels):
+        scale[i] = <real> (weight[i] * factor)
+    for i in range(channels):
+        moved = rest * (weight[i] * factor)
+        moved = moved if moved > -most else -most  # finite, so that an infinite weight makes no NaN
+        moved = moved if moved < most else most
+        shift[i] = <real> (bias[i] - moved)
 
 
 cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z,
                 real *scale, real *shift) noexcept nogil:
     """For channels of one group: (x * power - mean) * scale + shift is the normalized, weighted and biased x."""
-    cdef double buffer[2][WIDTH]
-    cdef const double *weight = values_of_channels(&job.weight, n, c, channels, 1, buffer[0])
-    cdef const double *bias = values_of_channels(&job.bias, n, c, channels, 0, buffer[1])
-    cdef double factor = z.factor, rest = z.rest
-    cdef Py_ssize_t i
-    for i in range(channels):
-        scale[i] = <real> (weight[i] * factor)
-    for i in range(channels):  # an infinite scale must not make a NaN of the shift
-        shift[i] = <real> (bias[i] - (rest * (weight[i] * factor) if scale[i] - scale[i] == 0 else 0))
+    cdef double most = 1e38 if real is float else 1e308
+    if real is double or job.weight.storage == FLOAT64 or job.bias.storage == FLOAT64:
+        weigh_as[real, double](job, n, c, channels, z.factor, z.rest, most, scale, shift, 0)
+    else:
+        weigh_as[real, float](job, n, c, channels, z.factor, z.rest, most, scale, shift, 0)
 
 
 cdef inline void add_residual(const Job *job, const Span *t, real *y, Py_ssize_t row) noexcept nogil:
@@ -150,6 +167,7 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
         x = load[real](job, &job.x, &t, xtile, &row)
         y = direct[real](job, &job.y, &t, ytile, &row)
         row = t.c - u.c - w.first
+        prefetch_ahead(job, &t)
         planar_tile[real](job, &t, x, y, <real> z.power, <real> z.mean, scale + row, shift + row)
         finish[real](job, &t, y, t.lanes, ytile)
         pos += t.lanes

@@ -87,7 +87,7 @@ cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) 
             i = (c - g * job.K) % WIDTH
             if i == 0:
                 channels = min(WIDTH, (g + 1) * job.K - c)
-                w = values_of_channels(&job.weight, u.n, u.c + c, channels, 1, weight)
+                w = of_channels[double](&job.weight, u.n, u.c + c, channels, 1, weight)
             product = z.factor * (sums[u.channels + c] - z.rest * sums[c])
             a += w[i] * sums[c]
             b += w[i] * product

@@ -129,25 +129,36 @@ cdef inline double power_near(double v) noexcept nogil:
     return min(max(gn_power_of_two(v), 2.0 ** -126), 2.0 ** 126)
 
 
-cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real *copy, double *moments, bint exact) noexcept nogil:
+cdef inline real planar_pivot(const real *x, const real *mask, Py_ssize_t n, real *copy, real *size) noexcept nogil:
+    """About the mean of a tile: of its first values or, with a mask, of those that count. Also the mean of |x|."""
+    cdef real mean[LANES]
+    cdef Py_ssize_t lanes = min(n, LANES), j
+    cdef double count
+    cdef real pivot
+    if mask == NULL:
+        lane_means[real](x, lanes, min(n // lanes, PIVOT_ROWS), lanes, mean, copy)
+        size[0] = <real> (total[real](copy, lanes) / lanes)
+        return on_grid[real](<real> (total[real](mean, lanes) / lanes), size[0])
+    count = max(total[real](mask, n), 1.0)
+    for j in range(n):
+        copy[j] = x[j] if mask[j] != 0 else <real> 0
+    pivot = <real> (total[real](copy, n) / count)
+    for j in range(n):
+        copy[j] = max(copy[j], -copy[j])
+    size[0] = <real> (total[real](copy, n) / count)
+    return on_grid[real](pivot, size[0])
+
+
+cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real pivot, real *copy, double *moments, bint exact) noexcept nogil:
     """The moments of n <= TILE values of one group; where the mask is 0 they do not count."""
     cdef real p[LANES]
     cdef real s1[LANES]
     cdef real s2[LANES]
     cdef Py_ssize_t lanes = min(n, LANES), rows = n // lanes, tail = n - rows * lanes, j
     cdef double count = n, sum1, sum2
-    cdef real pivot, power = 1, big = 0
-    if mask == NULL:
-        lane_means[real](x, lanes, min(rows, PIVOT_ROWS), lanes, p, s1)
-        pivot = on_grid[real](<real> (total[real](p, lanes) / lanes), <real> (total[real](s1, lanes) / lanes))
-    else:
+    cdef real power = 1, big = 0
+    if mask != NULL:
         count = total[real](mask, n)
-        for j in range(n):
-            copy[j] = x[j] if mask[j] != 0 else <real> 0
-        pivot = <real> (total[real](copy, n) / max(count, 1.0))
-        for j in range(n):
-            copy[j] = max(copy[j], -copy[j])
-        pivot = on_grid[real](pivot, <real> (total[real](copy, n) / max(count, 1.0)))
         for j in range(n):
             copy[j] = x[j] if mask[j] != 0 else pivot
         x = copy
@@ -185,6 +196,8 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
     cdef real copy[TILE]
     cdef double block[4]
     cdef Py_ssize_t pos, stop, row
+    cdef real pivot = 0, next_pivot = 0, size = 0
+    cdef bint first = True
     cdef const real *x
     cdef const real *mask = NULL
     cdef Unit u = unit_of(job, unit)
@@ -200,20 +213,26 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
         x = load[real](job, &job.x, &t, xtile, &row)
         if job.mask.data != NULL:
             mask = load[real](job, &job.mask, &t, mtile, &row)
-        planar_block[real](x, mask, t.lanes, copy, block, False)
+        if first or mask != NULL:
+            pivot = next_pivot = planar_pivot[real](x, mask, t.lanes, copy, &size)
+            first = False
+        planar_block[real](x, mask, t.lanes, pivot, copy, block, False)
         merge(found, block, 1)
+        # The mean of this block is the pivot of the block after the next: the next one need not wait for it.
+        pivot = next_pivot
+        next_pivot = on_grid[real](<real> (block[PIVOT] + block[SHIFT]), size)
         pos += t.lanes
 
 
 cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_ssize_t rows, Py_ssize_t lanes,
-                            real *copy, double *moments, Py_ssize_t n) noexcept nogil:
-    """The moments of the first `lanes` of n sets, one a lane; where the mask is 0 values do not count."""
+                            real *copy, const double *so_far, real *size, double *moments, Py_ssize_t n) noexcept nogil:
+    """The moments of the first `lanes` of n sets, one a lane; where the mask is 0 values do not count. The pivot is the
+    lane's mean so far."""
     cdef real p[WIDTH]
     cdef real s1[WIDTH]
     cdef real s2[WIDTH]
     cdef real count[WIDTH]
     cdef real power[WIDTH]
-    cdef real size[WIDTH]
     cdef real v
     cdef double mean
     cdef Py_ssize_t r, j
@@ -223,7 +242,10 @@ cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_
         power[j] = 1
         s1[j] = 0
         s2[j] = 0
-    if mask == NULL:
+    if mask == NULL and so_far[COUNT * n] > 0:
+        for j in range(lanes):
+            p[j] = <real> (so_far[PIVOT * n + j] + so_far[SHIFT * n + j])
+    elif mask == NULL:
         lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p, size)
     else:
         for j in range(lanes):
@@ -278,6 +300,7 @@ cdef void small_moments(const Job *job, Py_ssize_t unit, double *found) noexcept
     cdef double mtile[SMALL]
     cdef double copy[SMALL]
     cdef double block[4]
+    cdef double pivot, size = 0
     cdef const double *mask = NULL
     cdef Unit u = unit_of(job, unit)
     cdef Py_ssize_t g, field
@@ -293,7 +316,8 @@ cdef void small_moments(const Job *job, Py_ssize_t unit, double *found) noexcept
         if job.mask.data != NULL:
             move[double](job, &job.mask, &t, mtile, False)
             mask = mtile
-        planar_block[double](xtile, mask, t.lanes, copy, block, job.x.storage == FLOAT64)
+        pivot = planar_pivot[double](xtile, mask, t.lanes, copy, &size)
+        planar_block[double](xtile, mask, t.lanes, pivot, copy, block, job.x.storage == FLOAT64)
         for field in range(4):
             found[field * u.groups + g] = block[field]
 
@@ -341,6 +365,7 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
     cdef real xtile[AREA]
     cdef real mtile[AREA]
     cdef real copy[AREA]
+    cdef real size[WIDTH]
     cdef double lane[4 * WIDTH]
     cdef double block[4 * WIDTH]
     cdef double one[4]
@@ -370,7 +395,7 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
                 mask = load[real](job, &job.mask, &t, mtile, &j)
             if fold * width < n:
                 memset(block, 0, 4 * n * sizeof(double))
-            interleaved_block[real](x, row * fold, mask, t.rows // fold, fold * width, copy, block, n)
+            interleaved_block[real](x, row * fold, mask, t.rows // fold, fold * width, copy, lane, size, block, n)
             merge(lane, block, n)
             t.s += t.rows
         i = 0

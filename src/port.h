@@ -64,6 +64,9 @@ static inline uint16_t gn_to_bfloat(float f) {
 
 static inline void gn_widen_half(const uint16_t *h, float *f, ptrdiff_t n) {
     ptrdiff_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) _mm512_storeu_ps(f + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h + i))));
+#endif
 #if defined(__F16C__)
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(f + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(h + i))));
 #endif
@@ -72,6 +75,9 @@ static inline void gn_widen_half(const uint16_t *h, float *f, ptrdiff_t n) {
 
 static inline void gn_narrow_half(const float *f, uint16_t *h, ptrdiff_t n) {
     ptrdiff_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(h + i), _mm512_cvtps_ph(_mm512_loadu_ps(f + i), 0));
+#endif
 #if defined(__F16C__)
     for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i *)(h + i), _mm256_cvtps_ph(_mm256_loadu_ps(f + i), 0));
 #endif

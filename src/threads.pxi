@@ -12,6 +12,9 @@ from libc.string cimport memset
 
 from gn_fast.machine import cache_bytes, cpu_quota
 
+cdef extern from "port.h" nogil:
+    void gn_stream_end()
+
 cdef extern from "threads.h" nogil:
     int GN_OPENMP
     int gn_survive_fork()
@@ -155,6 +158,7 @@ cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
     for item in range(thread * items // plan.threads, (thread + 1) * items // plan.threads):
         for n in range(item // strips * job.block, min(item // strips * job.block + job.block, job.N)):
             work_on_unit(plan, n * strips + item % strips, plan.scratch + 2 * thread * plan.size)
+    gn_stream_end()
 
 
 cdef void work_on_unit(const Plan *plan, Py_ssize_t unit, double *known) noexcept nogil:
@@ -200,6 +204,7 @@ cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept n
     for k in range(last - first + 1):
         chunk = last - k if i % 2 else first + k
         plan.passes[i].stage(plan.job, unit, chunk, plan.scratch, plan.scratch + chunk * plan.size)
+    gn_stream_end()
 
 
 cdef int run(Plan *plan, Py_ssize_t itemsize, wanted_threads) except -1:

@@ -1,0 +1,78 @@
+/* The limit: the bytes that group normalization moves, moved with no arithmetic on the way.  limit.py compiles it. */
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+typedef __m512i vec;
+#define LOAD(p) _mm512_loadu_si512(p)
+#define STREAM(p, v) _mm512_stream_si512((__m512i *) (p), v)
+#elif defined(__AVX2__)
+#include <immintrin.h>
+typedef __m256i vec;
+#define LOAD(p) _mm256_loadu_si256((const __m256i *) (p))
+#define STREAM(p, v) _mm256_stream_si256((__m256i *) (p), v)
+#elif defined(__SSE2__)
+#include <immintrin.h>
+typedef __m128i vec;
+#define LOAD(p) _mm_loadu_si128((const __m128i *) (p))
+#define STREAM(p, v) _mm_stream_si128((__m128i *) (p), v)
+#else /* no non-temporal stores: both ways are plain */
+typedef uint64_t vec;
+static inline vec LOAD(const char *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+#define STREAM(p, v) (*(vec *) (p) = v)
+#define _mm_sfence() ((void) 0)
+#endif
+
+enum { BLOCK = 1 << 18 }; /* bytes swept in one go; small enough that memcpy does not stream by itself */
+
+static volatile char seen;
+
+static void look(const char *a, size_t bytes)
+{
+    vec all = {0};
+    for (size_t i = 0; i + sizeof all <= bytes; i += sizeof all) all ^= LOAD(a + i);
+    seen = *(char *) &all;
+}
+
+static void move_bytes(char *out, const char *x, const char *dy, size_t bytes)
+{
+    if (!dy) memcpy(out, x, bytes);
+    else for (size_t i = 0; i < bytes; i++) out[i] = x[i] ^ dy[i];
+}
+
+static void stream(char *out, const char *x, const char *dy, size_t bytes)
+{
+    size_t i = -(uintptr_t) out % sizeof(vec);
+    if (i > bytes) i = bytes;
+    move_bytes(out, x, dy, i);
+    if (dy) for (; i + sizeof(vec) <= bytes; i += sizeof(vec)) STREAM(out + i, LOAD(x + i) ^ LOAD(dy + i));
+    else for (; i + sizeof(vec) <= bytes; i += sizeof(vec)) STREAM(out + i, LOAD(x + i));
+    move_bytes(out + i, x + i, dy ? dy + i : NULL, bytes - i);
+}
+
+/* out = x, or x ^ dy, by equal shares of the threads.  With `twice` everything is read a first time, slab by slab,
+   and moved from its end, which is then still in a cache. */
+void move(char *out, const char *x, const char *dy, size_t slab, size_t slabs, int twice, int streamed, int threads)
+{
+#pragma omp parallel num_threads(threads)
+    {
+        size_t n = omp_get_num_threads(), t = omp_get_thread_num();
+        size_t first = t * slab / n, last = (t + 1) * slab / n; /* this thread's bytes of a slab */
+        for (size_t s = 0; s < slabs; s++) {
+            size_t start = s * slab + first, end = s * slab + last;
+            if (twice) {
+                look(x + start, end - start);
+                if (dy) look(dy + start, end - start);
+            }
+            while (end > start) {
+                size_t bytes = end - start < BLOCK ? end - start : BLOCK;
+                end -= bytes;
+                (streamed ? stream : move_bytes)(out + end, x + end, dy ? dy + end : NULL, bytes);
+            }
+        }
+        _mm_sfence();
+    }
+}

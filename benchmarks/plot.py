@@ -1,0 +1,61 @@
+"""The plot: speed as a share of the limit, for each case, ours beside the peers."""
+
+from pathlib import Path
+
+from .contenders import PEERS
+from .results import Result
+
+# The palette of Okabe and Ito (2008), which the colour-blind can tell apart; the markers tell in print.
+STYLES = {
+    "gn_fast": ("#D55E00", "o"),
+    "PyTorch": ("#0072B2", "s"),
+    "ONNX Runtime": ("#009E73", "^"),
+    "JAX": ("#CC79A7", "D"),
+    "NumPy": ("#000000", "x"),
+}
+TICKS = (0.003, 0.01, 0.03, 0.1, 0.3, 1)
+
+
+def draw(panels: list[list[Result]], path: Path) -> None:
+    """One panel for the results of each mode, written to `path` as .png and .svg."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "gn_fast"  # the same file from the same numbers
+    import matplotlib.pyplot as plt
+
+    height = 1.4 + 0.27 * max(map(len, panels))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(2.5 + 4.2 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, results in zip(axes[0], panels, strict=True):
+        _panel(axis, results)
+    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.supxlabel("speed as a share of a copy of the same bytes (logarithmic)", fontsize="medium")
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+
+
+def _panel(axis: object, results: list[Result]) -> None:
+    names = [result.case.name for result in results]
+    for contender in ("gn_fast", *PEERS):
+        colour, marker = STYLES[contender]
+        points = [
+            (result.share(result.ours if contender == "gn_fast" else contender), result.case.name)
+            for result in results
+            if contender in result.seconds
+        ]
+        if points:
+            shares, cases = zip(*points, strict=True)
+            axis.plot(shares, cases, marker, color=colour, label=contender, markersize=6, zorder=3)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_title(results[0].mode.title, fontsize="medium")
+    axis.set_xscale("log")
+    axis.set_xticks(TICKS, [f"{tick:.1%}" if tick < 0.01 else f"{tick:.0%}" for tick in TICKS])
+    axis.minorticks_off()
+    axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.invert_yaxis()

@@ -1,0 +1,146 @@
+"""`python -m benchmarks.report`: the whole suite, as JSON, Markdown and a plot, and into the README.
+
+A full run writes to benchmarks/results; a run of some cases or modes only where `--output` says. `--compare REV`
+races another revision of gn_fast instead, `--against PEER` one other library; neither writes anything.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from statistics import geometric_mean
+
+from .cases import CASES, MODES, Case, Mode, add_choice
+from .compare import HERE, compare
+from .contenders import CONTENDERS, OURS, PEERS
+from .plot import draw
+from .results import Result, describe, machine, measure, summary, table
+from .timing import spread
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DRAWN = ("out", "backward")
+BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
+
+HOW = """\
+Each row is a race of interleaved rounds in one process; a ratio is one of minima, and the spread is the third quartile
+of gn_fast's times over their minimum. *Copy* is the time of the same bytes moved by as many threads without any
+arithmetic, the better of plain and non-temporal stores: x is read and y written; where a slab is larger than a core's
+level 2 cache, x is read twice. Backward, x and dy are read and dx is written. Every result was checked before it was
+timed. gn_fast writes to a reused `out=` where the title does not say otherwise; the others return fresh results.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.report", description=__doc__.split("\n")[0])
+    add_choice(parser, "--cases", CASES)
+    add_choice(parser, "--modes", MODES)
+    parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results, of a full run")
+    parser.add_argument("--readme", action="store_true", help="put the plot and the first table into README.md")
+    parser.add_argument("--compare", metavar="REV", help="race another revision instead")
+    peers = {name.lower().replace("pytorch", "torch").replace(" ", ""): name for name in PEERS}
+    parser.add_argument("--against", choices=peers, help="race it alone; exit with 1 if it ever is faster")
+    options = parser.parse_args()
+    problems = [(case, mode) for mode in options.modes for case in options.cases if mode.suits(case)]
+    folder = options.output
+    if folder is None and (options.cases, options.modes) == (list(CASES), list(MODES)):
+        folder = RESULTS
+    if options.readme and (folder is None or MODES[0] not in options.modes):
+        parser.error(f"--readme needs --output and the mode {MODES[0]}, or a full run")
+
+    if options.compare:
+        print_comparison(options.compare, problems, options.rounds)
+    elif options.against:
+        peer = peers[options.against]
+        results = [measure(*problem, options.rounds, (OURS, peer)) for problem in progress(problems)]
+        sys.exit(not all([print_duel(result, peer) for result in results]))
+    else:
+        results = [measure(*problem, options.rounds) for problem in progress(problems)]
+        report(results, folder, options.readme)
+
+
+def progress(problems: list[tuple[Case, Mode]]) -> Iterator[tuple[Case, Mode]]:
+    """The problems, with a bar."""
+    from tqdm import tqdm
+
+    bar = tqdm(problems)
+    for case, mode in bar:
+        bar.set_description(f"{mode}: {case}")
+        yield case, mode
+
+
+def report(results: list[Result], folder: Path | None, readme: bool) -> None:
+    """Print the results, write them to a folder, and into the README."""
+    where = machine()
+    panels = {mode.name: list(group) for mode, group in groupby(results, lambda result: result.mode)}
+    sections = [f"## {panel[0].mode.title}\n\n{table(panel)}\n\n{summary(panel)}\n" for panel in panels.values()]
+    text = "\n".join(["# The speed of gn_fast\n", describe(where) + "\n", HOW, *sections])
+    print(text)
+    for result in results:
+        for name, reason in result.absent.items():
+            if name in PEERS:
+                print(f"{result.mode}, {result.case}: no {name}: {reason}", file=sys.stderr)
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"machine": where, "results": [asdict(result) for result in results]}
+    (folder / "speed.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "speed.md").write_text(text)
+    draw([panels[name] for name in DRAWN if name in panels] or list(panels.values())[:1], folder / "speed")
+    if readme:
+        place = Path(os.path.relpath(folder, ROOT)).as_posix()
+        update_readme(
+            f"![Speed as a share of a copy, for each case]({place}/speed.png)\n\n"
+            f"{describe(where)}\n\n{table(panels[MODES[0].name])}\n\n"
+            f"How it was measured, and the other modes: [{place}/speed.md]({place}/speed.md).\n"
+        )
+
+
+def update_readme(text: str, path: Path = ROOT / "README.md") -> None:
+    """Replace what stands between the markers."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{path} has no lines {BEGIN} and {END}")
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
+
+
+def print_duel(result: Result, peer: str) -> bool:
+    """Say how a race against one peer went; whether gn_fast was not slower."""
+    title = f"{result.mode}, {result.case} {result.case.shape}/{result.case.num_groups}"
+    if peer in result.absent:
+        raise SystemExit(f"{title}: no {peer}: {result.absent[peer]}")
+    ratio = result.over_ours(peer)
+    print(f"{title}: {peer} / gn_fast = {ratio:.2f} (spread {result.spread():.2f})")
+    return ratio >= 1
+
+
+def print_comparison(revision: str, problems: list[tuple[Case, Mode]], rounds: int) -> None:
+    """Print how much faster this tree is than another revision."""
+    ratios = []
+    for (case, mode), seconds in zip(progress(problems), compare(revision, problems, rounds), strict=True):
+        title = f"{mode}, {case}"
+        if isinstance(seconds, str):
+            tell(f"{title}: {seconds}")
+            continue
+        ratios.append((min(seconds[revision]) / min(seconds[HERE]), title))
+        tell(f"{title}: {revision} / this = {ratios[-1][0]:.3f} (spread {spread(seconds[HERE]):.2f})")
+    if ratios:
+        mean = geometric_mean([ratio for ratio, _ in ratios])
+        print("geometric mean {:.3f}, worst {:.3f} ({})".format(mean, *min(ratios)))
+
+
+def tell(line: str) -> None:
+    """Print above the bar."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
+
+
+if __name__ == "__main__":
+    main()
