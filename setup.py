@@ -5,12 +5,11 @@ import platform
 import tempfile
 from pathlib import Path
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError
-
-import numpy
 
 # The table of instruction sets, weakest first. GCC stays at 256 bits on v4 unless it is told otherwise.
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -22,8 +21,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 else:
     ISA = {"baseline": []}
 
-# The same bits from every compiler and level: no contraction to FMA, and none of -ffast-math. What no result
-# depends on, errno and floating-point traps, is given up: loops with a square root or a select vectorise then.
+# The same bits from every compiler and level: no contraction to FMA, and none of -ffast-math. What no
+# result depends on, errno and floating-point traps, is given up: loops with a square root or a select
+# vectorise then.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 
 OPENMP = [  # compile and link flags to try, in order
@@ -70,7 +70,7 @@ def extension(name, source, flags=()):
         f"gn_fast.{name}",
         [f"src/{source}.pyx"],
         include_dirs=["src", numpy.get_include()],
-        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION")],
+        define_macros=[(f"NPY_{name}", "NPY_2_0_API_VERSION") for name in ("NO_DEPRECATED_API", "TARGET_VERSION")],
         extra_compile_args=[*FLAGS, *flags],
         depends=sorted(str(path) for path in Path("src").iterdir() if path.suffix in (".pxi", ".pxd", ".h")),
     )
@@ -87,6 +87,7 @@ setup(
             "wraparound": False,
             "cdivision": True,
             "initializedcheck": False,
+            "autotestdict": False,
         },
         build_dir="build",
     ),

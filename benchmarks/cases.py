@@ -1,4 +1,4 @@
-"""The one list of shapes and the one list of modes that every benchmark runs; their arrays live in problem.py."""
+"""The shapes and the modes that every benchmark runs, each listed once. Their arrays live in problem.py."""
 
 import argparse
 import math
@@ -75,7 +75,10 @@ MODES = (
 
 
 def add_choice(
-    parser: argparse.ArgumentParser, option: str, known: Sequence[Case] | Sequence[Mode], default: str | None = None
+    parser: argparse.ArgumentParser,
+    option: str,
+    known: Sequence[Case] | Sequence[Mode],
+    default: str | None = None,
 ) -> None:
     """An option that takes names of these, separated by commas; by default one, or all."""
     by_name = {item.name: item for item in known}

@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gn_fast
+
 from .cases import CASES, MODES, Case, Mode
-from .contenders import FRESH, OURS, enter
+from .contenders import FRESH, OURS, Call, enter
 from .problem import Problem
 from .timing import race, turn
 
@@ -21,7 +23,7 @@ HERE = "this"
 
 
 class Worker:
-    """A process that runs the gn_fast found in `site`, or this one, on one problem at a time."""
+    """A process that runs the gn_fast installed in `site`, or this one, on one problem at a time."""
 
     def __init__(self, site: Path | None = None) -> None:
         path = [str(folder) for folder in (site, ROOT) if folder]
@@ -34,12 +36,11 @@ class Worker:
         )
 
     def ask(self, request: Any) -> Any:
-        """Send a problem's case and mode, or None for a turn; receive what the process made of it."""
-        assert self.process.stdin and self.process.stdout
+        """Send the names of a case and a mode and get gn_fast's file, or None and get a turn's time."""
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = json.loads(self.process.stdout.readline())
-        if isinstance(answer, str):
-            raise RuntimeError(answer)
+        if isinstance(answer, dict):
+            raise RuntimeError(answer["error"])
         return answer
 
     def close(self) -> None:
@@ -48,7 +49,7 @@ class Worker:
 
 def serve() -> None:
     """The other side of `Worker.ask`."""
-    call = None
+    call: Call = NotImplemented
     for line in sys.stdin:
         request = json.loads(line)
         answer: Any = None
@@ -56,13 +57,14 @@ def serve() -> None:
             if request is None:
                 answer = turn(call)
             else:
-                call = None  # lets go of the last problem's memory first
-                case, mode = request
-                chosen = next(m for m in MODES if m.name == mode)
-                name = FRESH if chosen.fresh else OURS
-                call = enter(Problem(next(c for c in CASES if c.name == case), chosen), [name])[0][name]
+                call = NotImplemented  # lets go of the last problem's memory first
+                case = next(case for case in CASES if case.name == request[0])
+                mode = next(mode for mode in MODES if mode.name == request[1])
+                name = FRESH if mode.fresh else OURS
+                call = enter(Problem(case, mode), [name])[0][name]
+                answer = gn_fast.__file__
         except Exception as error:  # an older revision need not have everything
-            answer = f"{type(error).__name__}: {error}".splitlines()[0]
+            answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), flush=True)
 
 
@@ -81,7 +83,9 @@ def built(revision: str) -> Iterator[Path]:
         yield site
 
 
-def compare(revision: str, problems: list[tuple[Case, Mode]], rounds: int) -> Iterator[dict[str, list[float]] | str]:
+def compare(
+    revision: str, problems: list[tuple[Case, Mode]], rounds: int
+) -> Iterator[dict[str, list[float]] | str]:
     """The race of each problem between this tree and a revision, or why there was none."""
     with built(revision) as site, contextlib.ExitStack() as stack:
         workers = {HERE: Worker(), revision: Worker(site)}
@@ -89,8 +93,8 @@ def compare(revision: str, problems: list[tuple[Case, Mode]], rounds: int) -> It
             stack.callback(worker.close)
         for case, mode in problems:
             try:
-                for worker in workers.values():
-                    worker.ask((case.name, mode.name))
+                files = [worker.ask((case.name, mode.name)) for worker in workers.values()]
+                assert [Path(file).is_relative_to(site) for file in files] == [False, True], files
                 yield race({name: partial(worker.ask, None) for name, worker in workers.items()}, rounds)
             except RuntimeError as error:
                 yield str(error)

@@ -1,4 +1,4 @@
-"""Who takes part: gn_fast, the limit, and the libraries that are installed. Each is checked before it is timed."""
+"""Who takes part: gn_fast, the limit, and the other libraries, as far as they are installed."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -11,11 +11,13 @@ import gn_fast
 from . import limit
 from .problem import EPS, Array, Problem
 
+Call = Callable[[], Any]
+
 
 class Contender(NamedTuple):
     """A call to be timed, and what asserts that its result is right."""
 
-    call: Callable[[], Any]
+    call: Call
     check: Callable[[Any], None]
 
 
@@ -87,7 +89,8 @@ def _normalized(xp: Any, problem: Problem, x: Any, weight: Any) -> tuple[Any, ..
     groups, size = problem.num_groups, len(weight) // problem.num_groups
     last = problem.axis == -1
     axes = (1, 3) if last else (2, 3)
-    slabs = x.astype(problem.compute).reshape((len(x), -1, groups, size) if last else (len(x), groups, size, -1))
+    shape = (len(x), -1, groups, size) if last else (len(x), groups, size, -1)
+    slabs = x.astype(problem.compute).reshape(shape)
     centred = slabs - slabs.mean(axes, keepdims=True)
     rstd = 1 / xp.sqrt((centred * centred).mean(axes, keepdims=True) + EPS)
     return axes, rstd, centred * rstd, weight.reshape((1, 1, groups, size) if last else (1, groups, size, 1))
@@ -168,7 +171,9 @@ def onnxruntime(problem: Problem) -> Contender:
 
     kind = helper.np_dtype_to_tensor_dtype(problem.dtype)
     arrays = {"x": problem.x, "weight": problem.weight, "bias": problem.bias}
-    nodes = [helper.make_node("GroupNormalization", [*arrays], ["y"], epsilon=EPS, num_groups=problem.num_groups)]
+    stash = helper.np_dtype_to_tensor_dtype(problem.compute)
+    settings = {"num_groups": problem.num_groups, "epsilon": EPS, "stash_type": stash}
+    nodes = [helper.make_node("GroupNormalization", [*arrays], ["y"], **settings)]
     if problem.mode.activation:
         nodes += [
             helper.make_node("Sigmoid", ["y"], ["sigmoid"]),
@@ -207,9 +212,9 @@ CONTENDERS: dict[str, Callable[[Problem], Contender]] = {
 }
 
 
-def enter(problem: Problem, names: Iterable[str] = CONTENDERS) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+def enter(problem: Problem, names: Iterable[str] = CONTENDERS) -> tuple[dict[str, Call], dict[str, str]]:
     """The calls of those who take part, checked, and why the others do not."""
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Call] = {}
     absent: dict[str, str] = {}
     for name in names:
         try:

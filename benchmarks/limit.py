@@ -1,4 +1,4 @@
-"""The limit: the bytes that a problem must move, moved by threads that do nothing else. The copies are limit.c."""
+"""The limit: the bytes that a problem must move, moved by threads that do nothing else, which are limit.c."""
 
 import ctypes
 import os
@@ -31,7 +31,8 @@ def library() -> ctypes.CDLL:
 def mover(problem: Problem, streamed: bool, threads: int) -> Callable[[], Array]:
     """A call that reads x (and dy), and writes as many bytes to `out`, past the caches if `streamed`.
 
-    Where x (and dy) of a slab are larger than a core's level 2 cache, they are read once more: for the statistics.
+    Where x (and dy) of a slab are larger than a core's level 2 cache, they are read twice, as
+    the statistics must be known before the first value is written.
     """
     inputs = [problem.x, problem.dy] if problem.mode.backward else [problem.x]
     slab = problem.case.slab_size * problem.x.itemsize

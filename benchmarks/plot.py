@@ -1,6 +1,7 @@
 """The plot: speed as a share of the limit, for each case, ours beside the peers."""
 
 from pathlib import Path
+from typing import Any
 
 from .contenders import PEERS
 from .results import Result
@@ -24,23 +25,22 @@ def draw(panels: list[list[Result]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "gn_fast"  # the same file from the same numbers
     import matplotlib.pyplot as plt
 
-    height = 1.4 + 0.27 * max(map(len, panels))
+    size = (2.5 + 4.2 * len(panels), 1.4 + 0.27 * max(map(len, panels)))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(2.5 + 4.2 * len(panels), height), sharey=True, squeeze=False, layout="constrained"
+        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, results in zip(axes[0], panels, strict=True):
         _panel(axis, results)
-    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     figure.supxlabel("speed as a share of a copy of the same bytes (logarithmic)", fontsize="medium")
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
 
 
-def _panel(axis: object, results: list[Result]) -> None:
+def _panel(axis: Any, results: list[Result]) -> None:
     names = [result.case.name for result in results]
-    for contender in ("gn_fast", *PEERS):
+    for zorder, contender in enumerate((*PEERS, "gn_fast"), start=3):
         colour, marker = STYLES[contender]
         points = [
             (result.share(result.ours if contender == "gn_fast" else contender), result.case.name)
@@ -49,7 +49,7 @@ def _panel(axis: object, results: list[Result]) -> None:
         ]
         if points:
             shares, cases = zip(*points, strict=True)
-            axis.plot(shares, cases, marker, color=colour, label=contender, markersize=6, zorder=3)
+            axis.plot(shares, cases, marker, color=colour, label=contender, markersize=6, zorder=zorder)
     axis.set_yticks(range(len(names)), names)
     axis.set_title(results[0].mode.title, fontsize="medium")
     axis.set_xscale("log")
@@ -58,4 +58,5 @@ def _panel(axis: object, results: list[Result]) -> None:
     axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
-    axis.invert_yaxis()
+    axis.set_xlim(right=1.25)
+    axis.set_ylim(len(names) - 0.5, -0.5)

@@ -15,7 +15,7 @@ from .cases import Case, Mode
 
 Array = NDArray[Any]
 
-EPS = 1e-5
+EPS = float(np.float32(1e-5))  # ONNX keeps it in float32, also for float64
 MEAN = 0.5  # of x, in standard deviations
 
 
@@ -67,8 +67,8 @@ class Problem:
         """Assert that a result (y, or dx, dweight and dbias) is right.
 
         The bound, relative to the largest value: 8 roundings in the compute type, of numbers larger than the
-        deviations by 1 + MEAN (the mean is subtracted); one to the storage type; and, unless sums are nearly exact,
-        the square root of the number of values: a random walk.
+        deviations by 1 + MEAN, as they still contain the mean; one to the storage type; and, unless sums are
+        nearly exact, a random walk of one for each value that is summed.
         """
         values = max(self.case.slab_size, self.x.size // len(self.weight))
         roundings = 8 + (0 if exact_sums else math.sqrt(values))

@@ -1,7 +1,7 @@
 """`python -m benchmarks.report`: the whole suite, as JSON, Markdown and a plot, and into the README.
 
-A full run writes to benchmarks/results; a run of some cases or modes only where `--output` says. `--compare REV`
-races another revision of gn_fast instead, `--against PEER` one other library; neither writes anything.
+A full run writes to benchmarks/results; one of some cases or modes only where `--output` says. `--compare
+REV` races another revision of gn_fast instead, `--against PEER` one other library; neither writes anything.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from statistics import geometric_mean
 
 from .cases import CASES, MODES, Case, Mode, add_choice
 from .compare import HERE, compare
-from .contenders import CONTENDERS, OURS, PEERS
+from .contenders import OURS, PEERS
 from .plot import draw
 from .results import Result, describe, machine, measure, summary, table
 from .timing import spread
@@ -27,11 +27,12 @@ DRAWN = ("out", "backward")
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 HOW = """\
-Each row is a race of interleaved rounds in one process; a ratio is one of minima, and the spread is the third quartile
-of gn_fast's times over their minimum. *Copy* is the time of the same bytes moved by as many threads without any
-arithmetic, the better of plain and non-temporal stores: x is read and y written; where a slab is larger than a core's
-level 2 cache, x is read twice. Backward, x and dy are read and dx is written. Every result was checked before it was
-timed. gn_fast writes to a reused `out=` where the title does not say otherwise; the others return fresh results.
+Each row is a race of interleaved rounds in one process. Ratios are of minima, and the spread is the third
+quartile of gn_fast's times over their minimum. *Copy* is the same bytes moved by as many threads without any
+arithmetic, with plain or with non-temporal stores, whichever is faster: x is read and y is written; where a
+slab is larger than a core's level 2 cache, x is read twice. Backward, x and dy are read and dx is written.
+Every result was checked before it was timed. gn_fast writes to a reused `out=` unless the title says
+otherwise; the others return new arrays.
 """
 
 
@@ -40,8 +41,10 @@ def main() -> None:
     add_choice(parser, "--cases", CASES)
     add_choice(parser, "--modes", MODES)
     parser.add_argument("--rounds", type=int, default=15, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: benchmarks/results, of a full run")
-    parser.add_argument("--readme", action="store_true", help="put the plot and the first table into README.md")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where a full run writes to benchmarks/results"
+    )
+    parser.add_argument("--readme", action="store_true", help="put plot and table into README.md")
     parser.add_argument("--compare", metavar="REV", help="race another revision instead")
     peers = {name.lower().replace("pytorch", "torch").replace(" ", ""): name for name in PEERS}
     parser.add_argument("--against", choices=peers, help="race it alone; exit with 1 if it ever is faster")
@@ -78,8 +81,10 @@ def report(results: list[Result], folder: Path | None, readme: bool) -> None:
     """Print the results, write them to a folder, and into the README."""
     where = machine()
     panels = {mode.name: list(group) for mode, group in groupby(results, lambda result: result.mode)}
-    sections = [f"## {panel[0].mode.title}\n\n{table(panel)}\n\n{summary(panel)}\n" for panel in panels.values()]
-    text = "\n".join(["# The speed of gn_fast\n", describe(where) + "\n", HOW, *sections])
+    sections = [
+        f"## {panel[0].mode.title}\n\n{table(panel)}\n\n{summary(panel)}" for panel in panels.values()
+    ]
+    text = "\n\n".join(["# The speed of gn_fast", describe(where), HOW.strip(), *sections]) + "\n"
     print(text)
     for result in results:
         for name, reason in result.absent.items():

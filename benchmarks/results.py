@@ -1,4 +1,4 @@
-"""What was measured, and the numbers that are said about it: ratios of minima, their geometric means, the worst."""
+"""What was measured, and what is said about it: ratios of minima, their geometric means, the worst."""
 
 import os
 import platform
@@ -73,14 +73,16 @@ def table(results: list[Result]) -> str:
         ["---", "---", *["---:"] * (3 + len(peers))],
     ]
     for result in results:
-        rows.append([
-            result.case.model,
-            " × ".join(map(str, result.case.shape)),
-            str(result.case.num_groups),
-            f"{result.over_limit():.2f}",
-            f"{result.spread():.2f}",
-            *(f"{result.over_ours(name):.1f}" if name in result.seconds else "" for name in peers),
-        ])
+        rows.append(
+            [
+                result.case.model,
+                " x ".join(map(str, result.case.shape)),
+                str(result.case.num_groups),
+                f"{result.over_limit():.2f}",
+                f"{result.spread():.2f}",
+                *(f"{result.over_ours(name):.1f}" if name in result.seconds else "" for name in peers),
+            ]
+        )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

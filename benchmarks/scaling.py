@@ -31,7 +31,8 @@ def main() -> None:
             contender.check(contender.call())
             print(f"\n## {mode.title}: {case.model}, {case.shape} in {case.num_groups} groups\n")
             for what, setting, values in settings:
-                turns = {str(value): partial(within, partial(setting, value), contender.call) for value in values}
+                call = contender.call
+                turns = {str(value): partial(within, partial(setting, value), call) for value in values}
                 show(what, race(turns, options.rounds))
 
 

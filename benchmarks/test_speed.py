@@ -1,4 +1,4 @@
-"""`pytest benchmarks`: every contender on every case in every mode, under pytest-benchmark, each result asserted.
+"""`pytest benchmarks`: every contender on every case in every mode, each result asserted, then timed.
 
 Here each contender has its own time; `python -m benchmarks.report` interleaves them, and so compares better.
 """

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from timeit import Timer
 
-TURN = 0.02  # seconds: long enough to have the data in the caches, the threads awake, and another's threads asleep
+TURN = 0.02  # seconds: long enough to have the data in the caches and the threads awake
 BATCH = 1e-4  # seconds: calls shorter than this are timed together, as the clock itself costs some 50 ns
 
 Turn = Callable[[], float]
@@ -12,7 +12,7 @@ Turn = Callable[[], float]
 
 def turn(call: Callable[[], object]) -> float:
     """The best time of a call, of as many as fit in a turn; at least one."""
-    time.sleep(0.005)  # the workers of another library's threads spin for a few milliseconds after its last call
+    time.sleep(0.005)  # another library's idle threads spin for some milliseconds
     timer = Timer(call)
     best = timer.timeit(1)
     end = time.perf_counter() + TURN - best
@@ -23,7 +23,7 @@ def turn(call: Callable[[], object]) -> float:
 
 
 def race(turns: Mapping[str, Turn], rounds: int) -> dict[str, list[float]]:
-    """A time for each contender and round. Every other round goes backwards: nobody always follows the same one."""
+    """A time for each contender and round; every other round goes backwards, so that none is always first."""
     times: dict[str, list[float]] = {name: [] for name in turns}
     for i in range(rounds):
         for name in list(turns)[:: -1 if i % 2 else 1]:

@@ -11,7 +11,6 @@ from .moments import Moments
 _Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh", "mish"] | None
 _Gradient: TypeAlias = NDArray[Any] | Any  # None where the argument is: the caller knows, and need not ask
 
-__test__: dict[str, str]  # Cython's list of the docstrings with examples
 
 @overload
 def group_norm(

@@ -23,9 +23,9 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
     Returns
     -------
     dict of dict or None
-        With ``mode="dicts"``: ``versions``; ``isa`` (``used``, ``available``); ``threads`` (``used`` by the next
-        large call, ``openmp`` (its version as ``yyyymm``, None if gn_fast was built without it), ``processors``
-        that affinity and quota allow); ``caches`` (bytes).
+        With ``mode="dicts"``: ``versions``; ``isa`` (``used``, ``available``); ``threads`` (``used`` by
+        the next large call, ``openmp``, its version as ``yyyymm`` or None if gn_fast was built without
+        it, and the ``processors`` that affinity and quota allow); ``caches`` (bytes).
 
     Raises
     ------

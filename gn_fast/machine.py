@@ -8,9 +8,10 @@ from pathlib import Path, PurePosixPath
 def cpu_quota(root: Path = Path("/")) -> int:
     """CPUs allowed by the process's cgroup and those above it, rounded up; ``sys.maxsize`` if unlimited.
 
-    OpenMP ignores quotas: in a container limited to two CPUs of 64 it would start 64 threads that are throttled
-    together. Both versions are read: ``cpu.max`` ("quota period" in microseconds) of version 2, and
-    ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us`` of version 1 (Linux, Documentation/admin-guide/cgroup-v2.rst).
+    OpenMP ignores quotas: in a container limited to two CPUs of 64 it would start 64 threads that are
+    throttled together. Both versions are read: ``cpu.max`` ("quota period" in microseconds) of version 2,
+    and ``cpu.cfs_quota_us`` and ``cpu.cfs_period_us`` of version 1 (Linux,
+    Documentation/admin-guide/cgroup-v2.rst).
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -18,7 +19,7 @@ def cpu_quota(root: Path = Path("/")) -> int:
         return sys.maxsize
     limit = sys.maxsize
     for line in lines:
-        _, controllers, name = line.split(":", 2)
+        _, controllers, name = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
         mount = root / "sys/fs/cgroup"
@@ -37,7 +38,7 @@ def _limit(group: Path) -> int:
             quota = (group / "cpu.cfs_quota_us").read_text()
             period = (group / "cpu.cfs_period_us").read_text()
         return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else sys.maxsize
-    except (OSError, ValueError):  # no such group, or "max"
+    except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
         return sys.maxsize
 
 

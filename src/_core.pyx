@@ -409,18 +409,15 @@ cdef struct Call:
     int wide  # computed in float64
 
 
-import os as _os
-cdef Py_ssize_t STREAM = int(_os.environ.get("GNS", LAST_LEVEL_BYTES))
-cdef Py_ssize_t AHEAD = int(_os.environ.get("GNA", L2_BYTES // 3))
 cdef int plan_memory(Call *call) except -1:
     """Outputs larger than the last level cache are streamed past it; the next slab is prefetched."""
     cdef Job *job = &call.job
     cdef View *x = &job.x
     cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes = job.K * job.S * x.itemsize
-    if values * job.y.itemsize > STREAM:
+    if values * job.y.itemsize > LAST_LEVEL_BYTES:
         job.y.buffered = job.y.streamed = True
     if not job.interleaved and x.ndim == 1 and x.stride[0] == x.itemsize and x.channel_stride == job.S * x.itemsize:
-        if unit_bytes <= AHEAD and values * x.itemsize > L2_BYTES and x.sample_stride == job.C * x.channel_stride:
+        if unit_bytes <= L2_BYTES // 3 and values * x.itemsize > L2_BYTES and x.sample_stride == job.C * x.channel_stride:
             job.ahead = unit_bytes
     return 0
 
@@ -690,7 +687,8 @@ cdef summed(sums, value, Job *job):
             for c in range(rows.shape[1]):
                 rows[0, c] += rows[n, c]
         sums = sums[0] if len(sums) else np.zeros(job.C)
-    return sums.astype(value.dtype)
+    with np.errstate(all="ignore"):  # beyond the largest float16 is infinity, as it is in dx
+        return sums.astype(value.dtype)
 
 
 def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None,

@@ -46,6 +46,8 @@ cdef void give_moments(const Job *job, Py_ssize_t unit, double *known) noexcept 
     cdef Py_ssize_t g, i = u.n * job.G + u.first
     for g in range(u.groups):
         known[PIVOT * u.groups + g] += known[SHIFT * u.groups + g]
+        if known[M2 * u.groups + g] != known[M2 * u.groups + g]:
+            known[PIVOT * u.groups + g] = known[M2 * u.groups + g]  # an infinity poisons the mean too
         known[SHIFT * u.groups + g] = 0
         if job.mean != NULL:
             job.count[i + g] = <int64_t> known[COUNT * u.groups + g]

@@ -173,6 +173,7 @@ cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real pivot
         sum2 = total[real](s2, lanes)
         if power != 1 or not lossy(sum2):
             break
+        big = max(pivot, -pivot)
         for j in range(n):  # rare: once more, with the values brought near 1
             big = max(big, max(x[j], -x[j]))
         power = <real> power_near(big)
@@ -274,7 +275,7 @@ cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_
     if again:  # rare: once more, with the values of such lanes brought near 1
         for j in range(lanes):
             if lossy(s2[j]):
-                power[j] = 0
+                power[j] = max(p[j], -p[j])
                 for r in range(rows):
                     power[j] = max(power[j], max(x[r * row + j], -x[r * row + j]))
                 power[j] = <real> power_near(power[j])

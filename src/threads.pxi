@@ -210,17 +210,21 @@ cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept n
 cdef int run(Plan *plan, Py_ssize_t itemsize, wanted_threads) except -1:
     """Carry the plan out on as many threads as are worth it."""
     cdef const Job *job = plan.job
-    cdef Py_ssize_t values = job.N * job.C * job.S
+    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes
     cdef bint together
     cdef int thread
     if values == 0:
         return 0
+    unit_bytes = values // job.units * itemsize
     plan.threads = 1
     if values >= WORTH_A_THREAD:
         plan.threads = min(<Py_ssize_t> _resolve_threads(wanted_threads), job.units * job.chunks)
+    # Threads share a unit if there are too few units, or if it stays in their caches only so: a level 2 cache is
+    # a core's own, so that shared units may be larger; the last level is shared, so that fewer fit.
     together = plan.threads > 1 and (
         job.units // job.block < plan.threads
-        or (job.chunks >= plan.threads and values // job.units * itemsize > L2_BYTES))
+        or L2_BYTES < unit_bytes <= L2_BYTES * plan.threads
+        or LAST_LEVEL_BYTES // plan.threads < unit_bytes <= LAST_LEVEL_BYTES)
     plan.scratch = <double *> PyMem_RawCalloc((job.chunks if together else 2 * plan.threads) * plan.size, sizeof(double))
     if plan.scratch == NULL:
         raise MemoryError("no memory for what is found of a unit of work")
