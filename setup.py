@@ -70,7 +70,10 @@ def extension(name, source, flags=()):
         f"gn_fast.{name}",
         [f"src/{source}.pyx"],
         include_dirs=["src", numpy.get_include()],
-        define_macros=[(f"NPY_{name}", "NPY_2_0_API_VERSION") for name in ("NO_DEPRECATED_API", "TARGET_VERSION")],
+        define_macros=[
+            ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+            ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
+        ],
         extra_compile_args=[*FLAGS, *flags],
         depends=sorted(str(path) for path in Path("src").iterdir() if path.suffix in (".pxi", ".pxd", ".h")),
     )

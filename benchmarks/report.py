@@ -24,15 +24,16 @@ from .timing import spread
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DRAWN = ("out", "backward")
+QUIET = 1.25  # a spread above it says that the machine was busy with something else
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 HOW = """\
-Each row is a race of interleaved rounds in one process. Ratios are of minima, and the spread is the third
-quartile of gn_fast's times over their minimum. *Copy* is the same bytes moved by as many threads without any
-arithmetic, with plain or with non-temporal stores, whichever is faster: x is read and y is written; where a
-slab is larger than a core's level 2 cache, x is read twice. Backward, x and dy are read and dx is written.
-Every result was checked before it was timed. gn_fast writes to a reused `out=` unless the title says
-otherwise; the others return new arrays.
+Each row is a race of interleaved rounds in one process. Ratios are of minima. The spread is the third
+quartile of the times over their minimum, the larger one of gn_fast's and the copy's. *Copy* is the same bytes
+moved by as many threads without any arithmetic, with plain or with non-temporal stores, whichever is faster:
+x is read and y is written; where a slab is larger than a core's level 2 cache, x is read twice. Backward, x
+and dy are read and dx is written. Every result was checked before it was timed. gn_fast writes to a reused
+`out=` unless the title says otherwise; the others return new arrays.
 """
 
 
@@ -90,6 +91,9 @@ def report(results: list[Result], folder: Path | None, readme: bool) -> None:
         for name, reason in result.absent.items():
             if name in PEERS:
                 print(f"{result.mode}, {result.case}: no {name}: {reason}", file=sys.stderr)
+    noisy = sum(result.spread(result.ours, result.limit) > QUIET for result in results)
+    if noisy:
+        print(f"noise: in {noisy} of {len(results)} races the spread is above {QUIET}", file=sys.stderr)
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ def print_duel(result: Result, peer: str) -> bool:
     if peer in result.absent:
         raise SystemExit(f"{title}: no {peer}: {result.absent[peer]}")
     ratio = result.over_ours(peer)
-    print(f"{title}: {peer} / gn_fast = {ratio:.2f} (spread {result.spread():.2f})")
+    print(f"{title}: {peer} / gn_fast = {ratio:.2f} (spread {result.spread(OURS, peer):.2f})")
     return ratio >= 1
 
 
@@ -134,7 +138,9 @@ def print_comparison(revision: str, problems: list[tuple[Case, Mode]], rounds: i
             tell(f"{title}: {seconds}")
             continue
         ratios.append((min(seconds[revision]) / min(seconds[HERE]), title))
-        tell(f"{title}: {revision} / this = {ratios[-1][0]:.3f} (spread {spread(seconds[HERE]):.2f})")
+        tell(
+            f"{title}: {revision} / this = {ratios[-1][0]:.3f} (spread {max(map(spread, seconds.values())):.2f})"
+        )
     if ratios:
         mean = geometric_mean([ratio for ratio, _ in ratios])
         print("geometric mean {:.3f}, worst {:.3f} ({})".format(mean, *min(ratios)))

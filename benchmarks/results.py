@@ -35,13 +35,14 @@ class Result:
     def best(self, name: str) -> float:
         return min(self.seconds[name])
 
-    def limit(self) -> float:
+    @property
+    def limit(self) -> str:
         """The best of the copies."""
-        return min(self.best(name) for name in LIMITS if name in self.seconds)
+        return min((name for name in LIMITS if name in self.seconds), key=self.best)
 
     def over_limit(self) -> float:
         """Ours over the limit: 1 is as fast as a copy."""
-        return self.best(self.ours) / self.limit()
+        return self.best(self.ours) / self.best(self.limit)
 
     def over_ours(self, name: str) -> float:
         """Another's time over ours: how many times faster we are."""
@@ -49,10 +50,11 @@ class Result:
 
     def share(self, name: str) -> float:
         """Speed as a share of the limit."""
-        return self.limit() / self.best(name)
+        return self.best(self.limit) / self.best(name)
 
-    def spread(self) -> float:
-        return spread(self.seconds[self.ours])
+    def spread(self, *names: str) -> float:
+        """The larger one of these contenders."""
+        return max(spread(self.seconds[name]) for name in names)
 
 
 def measure(case: Case, mode: Mode, rounds: int, names: tuple[str, ...] = tuple(CONTENDERS)) -> Result:
@@ -79,7 +81,7 @@ def table(results: list[Result]) -> str:
                 " x ".join(map(str, result.case.shape)),
                 str(result.case.num_groups),
                 f"{result.over_limit():.2f}",
-                f"{result.spread():.2f}",
+                f"{result.spread(result.ours, result.limit):.2f}",
                 *(f"{result.over_ours(name):.1f}" if name in result.seconds else "" for name in peers),
             ]
         )

@@ -1,7 +1,7 @@
 # Tiles: some thousand values of an array in the compute type, in L1.  Storage types, strides and streaming
 # stores live in this file and nowhere else.
 
-from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
+from libc.stdint cimport uint8_t, uint16_t
 from libc.string cimport memcpy
 
 cdef extern from "port.h" nogil:
@@ -62,14 +62,16 @@ cdef void narrow(Storage storage, const real *tile, void *memory, Py_ssize_t n) 
             (<uint16_t *> memory)[j] = gn_to_half(<float> tile[j])
 
 
+# Values move in the type they have: another of the same size would break C's aliasing rule.
+
 cdef void gather(const char *p, Py_ssize_t stride, Py_ssize_t size, void *packet, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t j
     if size == 4:
         for j in range(n):
-            (<uint32_t *> packet)[j] = (<const uint32_t *> (p + j * stride))[0]
+            (<float *> packet)[j] = (<const float *> (p + j * stride))[0]
     elif size == 8:
         for j in range(n):
-            (<uint64_t *> packet)[j] = (<const uint64_t *> (p + j * stride))[0]
+            (<double *> packet)[j] = (<const double *> (p + j * stride))[0]
     elif size == 2:
         for j in range(n):
             (<uint16_t *> packet)[j] = (<const uint16_t *> (p + j * stride))[0]
@@ -82,17 +84,17 @@ cdef void scatter(const void *packet, Py_ssize_t size, char *p, Py_ssize_t strid
     cdef Py_ssize_t j
     if size == 4:
         for j in range(n):
-            (<uint32_t *> (p + j * stride))[0] = (<const uint32_t *> packet)[j]
+            (<float *> (p + j * stride))[0] = (<const float *> packet)[j]
     elif size == 8:
         for j in range(n):
-            (<uint64_t *> (p + j * stride))[0] = (<const uint64_t *> packet)[j]
+            (<double *> (p + j * stride))[0] = (<const double *> packet)[j]
     else:
         for j in range(n):
             (<uint16_t *> (p + j * stride))[0] = (<const uint16_t *> packet)[j]
 
 
 cdef void read_run(const View *v, const char *p, Py_ssize_t stride, real *tile, Py_ssize_t n) noexcept nogil:
-    cdef uint64_t packet[PACKET]
+    cdef double packet[PACKET]
     cdef Py_ssize_t i = 0, m
     if stride == v.itemsize:
         widen[real](v.storage, p, tile, n)
@@ -105,7 +107,7 @@ cdef void read_run(const View *v, const char *p, Py_ssize_t stride, real *tile, 
 
 
 cdef void write_run(const View *v, char *p, Py_ssize_t stride, const real *tile, Py_ssize_t n) noexcept nogil:
-    cdef uint64_t packet[PACKET]
+    cdef double packet[PACKET]
     cdef Py_ssize_t i = 0, m
     if stride == v.itemsize and not v.streamed:
         narrow[real](v.storage, tile, p, n)
