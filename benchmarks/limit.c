@@ -67,10 +67,11 @@ void move(char *out, const char *x, const char *dy, size_t slab, size_t slabs, i
                 look(x + start, end - start);
                 if (dy) look(dy + start, end - start);
             }
-            while (end > start) {
-                size_t bytes = end - start < BLOCK ? end - start : BLOCK;
-                end -= bytes;
-                (streamed ? stream : move_bytes)(out + end, x + end, dy ? dy + end : NULL, bytes);
+            size_t blocks = (end - start + BLOCK - 1) / BLOCK;
+            for (size_t b = 0; b < blocks; b++) {
+                size_t at = start + (twice ? blocks - 1 - b : b) * BLOCK;
+                size_t bytes = end - at < BLOCK ? end - at : BLOCK;
+                (streamed ? stream : move_bytes)(out + at, x + at, dy ? dy + at : NULL, bytes);
             }
         }
         _mm_sfence();

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+
 from .contenders import PEERS
 from .results import Result
 
@@ -14,28 +17,21 @@ STYLES = {
     "JAX": ("#CC79A7", "D"),
     "NumPy": ("#000000", "x"),
 }
+matplotlib.rcParams["svg.hashsalt"] = "gn_fast"  # the same file from the same numbers
 TICKS = (0.003, 0.01, 0.03, 0.1, 0.3, 1)
 
 
 def draw(panels: list[list[Result]], path: Path) -> None:
     """One panel for the results of each mode, written to `path` as .png and .svg."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams["svg.hashsalt"] = "gn_fast"  # the same file from the same numbers
-    import matplotlib.pyplot as plt
-
     size = (2.5 + 4.2 * len(panels), 1.4 + 0.27 * max(map(len, panels)))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axis, results in zip(axes[0], panels, strict=True):
         _panel(axis, results)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     figure.supxlabel("speed as a share of a copy of the same bytes (logarithmic)", fontsize="medium")
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    plt.close(figure)
 
 
 def _panel(axis: Any, results: list[Result]) -> None:
@@ -58,5 +54,5 @@ def _panel(axis: Any, results: list[Result]) -> None:
     axis.axvline(1, color="#555555", linewidth=1, linestyle="--")
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.set_axisbelow(True)
-    axis.set_xlim(right=1.25)
+    axis.set_xlim(right=max(1.25, axis.get_xlim()[1]))
     axis.set_ylim(len(names) - 0.5, -0.5)

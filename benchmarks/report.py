@@ -14,6 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
 
+from tqdm import tqdm
+
 from .cases import CASES, MODES, Case, Mode, add_choice
 from .compare import HERE, compare
 from .contenders import OURS, PEERS
@@ -70,8 +72,6 @@ def main() -> None:
 
 def progress(problems: list[tuple[Case, Mode]]) -> Iterator[tuple[Case, Mode]]:
     """The problems, with a bar."""
-    from tqdm import tqdm
-
     bar = tqdm(problems)
     for case, mode in bar:
         bar.set_description(f"{mode}: {case}")
@@ -87,10 +87,6 @@ def report(results: list[Result], folder: Path | None, readme: bool) -> None:
     ]
     text = "\n\n".join(["# The speed of gn_fast", describe(where), HOW.strip(), *sections]) + "\n"
     print(text)
-    for result in results:
-        for name, reason in result.absent.items():
-            if name in PEERS:
-                print(f"{result.mode}, {result.case}: no {name}: {reason}", file=sys.stderr)
     noisy = sum(result.spread(result.ours, result.limit) > QUIET for result in results)
     if noisy:
         print(f"noise: in {noisy} of {len(results)} races the spread is above {QUIET}", file=sys.stderr)
@@ -135,22 +131,14 @@ def print_comparison(revision: str, problems: list[tuple[Case, Mode]], rounds: i
     for (case, mode), seconds in zip(progress(problems), compare(revision, problems, rounds), strict=True):
         title = f"{mode}, {case}"
         if isinstance(seconds, str):
-            tell(f"{title}: {seconds}")
+            tqdm.write(f"{title}: {seconds}")
             continue
-        ratios.append((min(seconds[revision]) / min(seconds[HERE]), title))
-        tell(
-            f"{title}: {revision} / this = {ratios[-1][0]:.3f} (spread {max(map(spread, seconds.values())):.2f})"
-        )
+        ratio, noise = min(seconds[revision]) / min(seconds[HERE]), max(map(spread, seconds.values()))
+        tqdm.write(f"{title}: {revision} / this = {ratio:.3f} (spread {noise:.2f})")
+        ratios.append((ratio, title))
     if ratios:
         mean = geometric_mean([ratio for ratio, _ in ratios])
         print("geometric mean {:.3f}, worst {:.3f} ({})".format(mean, *min(ratios)))
-
-
-def tell(line: str) -> None:
-    """Print above the bar."""
-    from tqdm import tqdm
-
-    tqdm.write(line)
 
 
 if __name__ == "__main__":

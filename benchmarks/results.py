@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from statistics import geometric_mean
 from typing import Any
 
+import cpuinfo
+
 import gn_fast
 
 from .cases import Case, Mode
@@ -89,7 +91,7 @@ def table(results: list[Result]) -> str:
 
 
 def summary(results: list[Result]) -> str:
-    """Geometric means and worst cases of one mode, one line for each ratio."""
+    """Geometric means and worst cases of one mode, and who is missing."""
     ratios = {"gn_fast / copy (less is better)": [(r.over_limit(), r.case.name) for r in results]}
     if FRESH in results[0].seconds:
         ratios["fresh / out= (less is better)"] = [(1 / r.over_ours(OURS), r.case.name) for r in results]
@@ -105,13 +107,17 @@ def summary(results: list[Result]) -> str:
         worst, case = max(values) if "less" in what else min(values)
         mean = geometric_mean([value for value, _ in values])
         lines.append(f"- {what}: geometric mean {mean:.2f}, worst {worst:.2f} ({case})")
+    for name in PEERS:
+        reasons = {result.case.name: result.absent[name] for result in results if name in result.absent}
+        for reason in sorted(set(reasons.values())):
+            cases = [case for case in reasons if reasons[case] == reason]
+            where = "" if len(cases) == len(results) else f" ({', '.join(cases)})"
+            lines.append(f"- without {name}{where}: {reason}")
     return "\n".join(lines)
 
 
 def machine() -> dict[str, Any]:
     """Where and with what this was measured."""
-    import cpuinfo
-
     versions = {"python": platform.python_version()}
     for name in ("torch", "jax", "onnxruntime"):
         try:

@@ -210,7 +210,8 @@ def group_norm_backward(
             z = z + _channels_first("residual", residual, x.shape, axis)
 
         _, slope = act(z)
-        dz = dy * slope
+        # relu's slope is a switch, as in PyTorch: closed, it stops a NaN of dy too; at a NaN it is open.
+        dz = np.where(z <= 0, 0.0, dy) if activation == "relu" else dy * slope
         dxhat = _affine(dz, weight, None)
         count = np.maximum(moments.count, 1)
         a = _spread(_slabs(dxhat, num_groups).sum(axis=-1) / count, values)

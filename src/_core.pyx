@@ -779,4 +779,4 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     call.plan.size = slopes_at(job) + 2 * job.unit_groups
     run(&call.plan, job.x.itemsize, num_threads)
     result = finished(x, dx, out), summed(dweight, weight, job), summed(dbias, bias, job)
-    return result if residual is None else (*result, dresidual)
+    return result if residual is None else (*result, finished(x, dresidual, None))

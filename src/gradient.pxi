@@ -9,8 +9,9 @@
 
 
 cdef inline void accumulate_products(const real *x, Py_ssize_t row, const real *dy, Py_ssize_t dyrow, Py_ssize_t rows,
-                                     Py_ssize_t lanes, const real *power, const real *mean, real *s1, real *s2) noexcept nogil:
-    """s1 += sum(dy), s2 += sum(dy * (x * power - mean)) down each lane, four rows at a time."""
+                                     Py_ssize_t lanes, const double *mean, double *s1, double *s2) noexcept nogil:
+    """s1 += sum(dy), s2 += sum(dy * (x - mean)) down each lane, four rows at a time. In float64, where products of
+    float32 are exact: a and b may cancel to much less than the terms of their sums."""
     cdef Py_ssize_t r, j
     cdef const real *x0
     cdef const real *x1
@@ -30,15 +31,15 @@ cdef inline void accumulate_products(const real *x, Py_ssize_t row, const real *
         dy2 = dy1 + dyrow
         dy3 = dy2 + dyrow
         for j in range(lanes):
-            s1[j] += (dy0[j] + dy1[j]) + (dy2[j] + dy3[j])
-            s2[j] += ((dy0[j] * (x0[j] * power[j] - mean[j]) + dy1[j] * (x1[j] * power[j] - mean[j]))
-                      + (dy2[j] * (x2[j] * power[j] - mean[j]) + dy3[j] * (x3[j] * power[j] - mean[j])))
+            s1[j] += (<double> dy0[j] + <double> dy1[j]) + (<double> dy2[j] + <double> dy3[j])
+            s2[j] += ((dy0[j] * (x0[j] - mean[j]) + dy1[j] * (x1[j] - mean[j]))
+                      + (dy2[j] * (x2[j] - mean[j]) + dy3[j] * (x3[j] - mean[j])))
     for r in range(rows & ~3, rows):
         x0 = x + r * row
         dy0 = dy + r * dyrow
         for j in range(lanes):
             s1[j] += dy0[j]
-            s2[j] += dy0[j] * (x0[j] * power[j] - mean[j])
+            s2[j] += dy0[j] * (x0[j] - mean[j])
 
 
 cdef inline void pack(const real *x, Py_ssize_t row, const Span *t, real *tile) noexcept nogil:
@@ -69,8 +70,8 @@ cdef void add_sums(const Job *job, Py_ssize_t unit, double *into, const double *
 
 
 cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) noexcept nogil:
-    """From a unit's sums: its share of dweight and dbias, and the slopes of dx = scale * power * dy' - (x * power
-    - mean) * slopes[0] - slopes[1]."""
+    """From a unit's sums: its share of dweight and dbias, and the slopes of dx = dy' * scale * power
+    - ((x * power - mean) * slopes[0] + slopes[1])."""
     cdef double weight[WIDTH]
     cdef const double *w = weight
     cdef double *sums = scratch + sums_at(job)
@@ -82,13 +83,14 @@ cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) 
     cdef Standard z
     for g in range(u.groups):
         standardize[real](scratch, u.groups, g, job.eps, &z, 0)
+        rstd = z.factor * z.power
         a = b = 0
         for c in range(g * job.K, (g + 1) * job.K):
             i = (c - g * job.K) % WIDTH
             if i == 0:
                 channels = min(WIDTH, (g + 1) * job.K - c)
                 w = of_channels[double](&job.weight, u.n, u.c + c, channels, 1, weight)
-            product = z.factor * (sums[u.channels + c] - z.rest * sums[c])
+            product = rstd * sums[u.channels + c]
             a += w[i] * sums[c]
             b += w[i] * product
             j = row + u.c + c
@@ -99,7 +101,6 @@ cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) 
             b /= scratch[COUNT * u.groups + g]
         else:
             a = b = 0
-        rstd = z.factor * z.power
         slopes[2 * g] = rstd * b * z.factor
         slopes[2 * g + 1] = rstd * a - slopes[2 * g] * z.rest
 
@@ -116,13 +117,12 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real ztile[TILE]
     cdef real scale[WIDTH]
     cdef real shift[WIDTH]
-    cdef real powers[WIDTH]
-    cdef real means[WIDTH]
-    cdef real s1[WIDTH]
-    cdef real s2[WIDTH]
+    cdef double means[WIDTH]
+    cdef double s1[WIDTH]
+    cdef double s2[WIDTH]
     cdef Py_ssize_t pos, stop, row, k, i, j, run, lanes, rows
     cdef double *sums = NULL
-    cdef real power, mean, slope = 0, constant = 0, p
+    cdef real power, mean, slope = 0, constant = 0, a
     cdef const real *x
     cdef const real *dy
     cdef const real *mask
@@ -135,11 +135,10 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     standardize[real](known, 1, 0, job.eps, &z, 0)
     power = <real> z.power
     mean = <real> z.mean
-    for j in range(WIDTH):
-        powers[j] = power
-        means[j] = mean
     if summing:
         sums = found + sums_at(job)
+        for j in range(WIDTH if job.S == 1 else LANES):
+            means[j] = known[PIVOT]
     else:
         slope = <real> known[slopes_at(job)]
         constant = <real> known[slopes_at(job) + 1]
@@ -155,7 +154,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
             for j in range(t.lanes):
                 s1[j] = 0
                 s2[j] = 0
-            accumulate_products[real](x, 0, dy, 0, 1, t.lanes, powers, means, s1, s2)
+            accumulate_products[real](x, 0, dy, 0, 1, t.lanes, means, s1, s2)
             for j in range(t.lanes):
                 sums[k + j] += s1[j]
                 sums[u.channels + k + j] += s2[j]
@@ -168,27 +167,27 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 for j in range(lanes):
                     s1[j] = 0
                     s2[j] = 0
-                accumulate_products[real](x + i, lanes, dy + i, lanes, rows, lanes, powers, means, s1, s2)
+                accumulate_products[real](x + i, lanes, dy + i, lanes, rows, lanes, means, s1, s2)
                 rows = i + rows * lanes
-                accumulate_products[real](x + rows, 0, dy + rows, 0, 1, i + run - rows, powers, means, s1, s2)
-                sums[k] += total[real](s1, lanes)
-                sums[u.channels + k] += total[real](s2, lanes)
+                accumulate_products[real](x + rows, 0, dy + rows, 0, 1, i + run - rows, means, s1, s2)
+                sums[k] += total[double](s1, lanes)
+                sums[u.channels + k] += total[double](s2, lanes)
                 i += run
                 k += 1
         else:
             y = direct[real](job, &job.y, &t, ytile, &row)
-            for j in range(t.lanes):
-                ztile[j] = (x[j] * power - mean) * slope + constant
+            for j in range(t.lanes):  # where nothing counts there is no slope, not even of NaN
+                ztile[j] = ((x[j] * power - mean) * slope if slope != 0 else <real> 0) + constant
             if job.mask.data != NULL:
                 mask = load[real](job, &job.mask, &t, xtile, &row)
                 for j in range(t.lanes):
-                    ztile[j] *= mask[j]
+                    ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
             i = 0
             while i < t.lanes:
                 run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
-                p = scale[k - w.first] * power
+                a = scale[k - w.first]
                 for j in range(i, run):
-                    y[j] = dy[j] * p - ztile[j]
+                    y[j] = dy[j] * a * power - ztile[j]
                 i = run
                 k += 1
             if y == ytile:
@@ -212,8 +211,11 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef real mean[WIDTH]
     cdef real scale[WIDTH]
     cdef real shift[WIDTH]
-    cdef real s1[WIDTH]
-    cdef real s2[WIDTH]
+    cdef real slope[WIDTH]
+    cdef real constant[WIDTH]
+    cdef double means[WIDTH]
+    cdef double s1[WIDTH]
+    cdef double s2[WIDTH]
     cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, dyrow, yrow, r, i, j, k, g
     cdef double *sums = NULL
     cdef const double *slopes = known + slopes_at(job)
@@ -230,6 +232,12 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
         t.lanes = strip(job, t.c, u.c + u.channels)
         k = t.c - u.c
         lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
+        for j in range(widest(t.lanes)):
+            g = (t.c + j % t.lanes) // job.K - u.first
+            means[j] = known[PIVOT * u.groups + g]
+            if not summing:
+                slope[j] = <real> slopes[2 * g]
+                constant[j] = <real> slopes[2 * g + 1]
         t.s = chunk * job.chunk
         while t.s < stop:
             t.rows = next_rows(stop - t.s, t.lanes, &fold)
@@ -248,27 +256,24 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
                 for j in range(fold * t.lanes):
                     s1[j] = 0
                     s2[j] = 0
-                accumulate_products[real](x, fold * row, dy, fold * dyrow, t.rows // fold, fold * t.lanes, power, mean, s1, s2)
+                accumulate_products[real](x, fold * row, dy, fold * dyrow, t.rows // fold, fold * t.lanes, means, s1, s2)
                 for r in range(fold):
                     for j in range(t.lanes):
                         sums[k + j] += s1[r * t.lanes + j]
                         sums[u.channels + k + j] += s2[r * t.lanes + j]
             else:
                 y = direct[real](job, &job.y, &t, ytile, &yrow)
-                for j in range(t.lanes):
-                    g = (t.c + j) // job.K - u.first
-                    s1[j] = <real> slopes[2 * g]
-                    s2[j] = <real> slopes[2 * g + 1]
                 for r in range(t.rows):
                     for j in range(t.lanes):
-                        ztile[r * t.lanes + j] = (x[r * row + j] * power[j] - mean[j]) * s1[j] + s2[j]
+                        ztile[r * t.lanes + j] = ((x[r * row + j] * power[j] - mean[j]) * slope[j] if slope[j] != 0
+                                                  else <real> 0) + constant[j]
                 if job.mask.data != NULL:
                     mask = load[real](job, &job.mask, &t, xtile, &i)
                     for j in range(t.rows * t.lanes):
-                        ztile[j] *= mask[j]
+                        ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
                 for r in range(t.rows):
                     for j in range(t.lanes):
-                        y[r * yrow + j] = dy[r * dyrow + j] * (scale[j] * power[j]) - ztile[r * t.lanes + j]
+                        y[r * yrow + j] = dy[r * dyrow + j] * scale[j] * power[j] - ztile[r * t.lanes + j]
                 if y == ytile:
                     move[real](job, &job.y, &t, y, True)
                 if job.dresidual.data != NULL:
