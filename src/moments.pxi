@@ -73,6 +73,7 @@ cdef inline real on_grid(real p, real size) noexcept nogil:
 
 
 cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
+    """The sum of up to LANES values."""
     cdef double part[8]
     cdef Py_ssize_t i, j
     for j in range(8):
@@ -83,6 +84,21 @@ cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
     for j in range(n & ~7, n):
         part[j & 7] += v[j]
     return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]))
+
+
+cdef inline double tile_total(const real *v, Py_ssize_t n) noexcept nogil:
+    """The sum of a tile: exact for a mask, good enough for a pivot."""
+    cdef real lane[LANES]
+    cdef Py_ssize_t i, j
+    for j in range(LANES):
+        lane[j] = v[j] if j < n else <real> 0
+    for i in range(1, n // LANES):
+        for j in range(LANES):
+            lane[j] += v[i * LANES + j]
+    if n > LANES:
+        for j in range(n % LANES):
+            lane[j] += v[n - n % LANES + j]
+    return total[real](lane, LANES)
 
 
 cdef inline void add_about(double x, double pivot, double *sum, double *error) noexcept nogil:
@@ -139,13 +155,13 @@ cdef inline real planar_pivot(const real *x, const real *mask, Py_ssize_t n, rea
         lane_means[real](x, lanes, min(n // lanes, PIVOT_ROWS), lanes, mean, copy)
         size[0] = <real> (total[real](copy, lanes) / lanes)
         return on_grid[real](<real> (total[real](mean, lanes) / lanes), size[0])
-    count = max(total[real](mask, n), 1.0)
+    count = max(tile_total[real](mask, n), 1.0)
     for j in range(n):
         copy[j] = x[j] if mask[j] != 0 else <real> 0
-    pivot = <real> (total[real](copy, n) / count)
+    pivot = <real> (tile_total[real](copy, n) / count)
     for j in range(n):
         copy[j] = max(copy[j], -copy[j])
-    size[0] = <real> (total[real](copy, n) / count)
+    size[0] = <real> (tile_total[real](copy, n) / count)
     return on_grid[real](pivot, size[0])
 
 
@@ -158,7 +174,7 @@ cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real pivot
     cdef double count = n, sum1, sum2
     cdef real power = 1, big = 0
     if mask != NULL:
-        count = total[real](mask, n)
+        count = tile_total[real](mask, n)
         for j in range(n):
             copy[j] = x[j] if mask[j] != 0 else pivot
         x = copy
@@ -198,7 +214,6 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
     cdef double block[4]
     cdef Py_ssize_t pos, stop, row
     cdef real pivot = 0, next_pivot = 0, size = 0
-    cdef bint first = True
     cdef const real *x
     cdef const real *mask = NULL
     cdef Unit u = unit_of(job, unit)
@@ -214,9 +229,8 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
         x = load[real](job, &job.x, &t, xtile, &row)
         if job.mask.data != NULL:
             mask = load[real](job, &job.mask, &t, mtile, &row)
-        if first or mask != NULL:
+        if found[COUNT] == 0:  # so far nothing was seen, or all of it masked
             pivot = next_pivot = planar_pivot[real](x, mask, t.lanes, copy, &size)
-            first = False
         planar_block[real](x, mask, t.lanes, pivot, copy, block, False)
         merge(found, block, 1)
         # The mean of this block is the pivot of the block after the next: the next one need not wait for it.
