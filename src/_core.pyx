@@ -409,16 +409,11 @@ cdef struct Call:
     int wide  # computed in float64
 
 
-cdef int plan_memory(Call *call) except -1:
-    """Outputs larger than the last level cache are streamed past it; the next slab is prefetched."""
-    cdef Job *job = &call.job
-    cdef View *x = &job.x
-    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes = job.K * job.S * x.itemsize
-    if values * job.y.itemsize > LAST_LEVEL_BYTES:
-        job.y.buffered = job.y.streamed = True
-    if not job.interleaved and x.ndim == 1 and x.stride[0] == x.itemsize and x.channel_stride == job.S * x.itemsize:
-        if unit_bytes <= L2_BYTES // 3 and values * x.itemsize > L2_BYTES and x.sample_stride == job.C * x.channel_stride:
-            job.ahead = unit_bytes
+cdef int see_output(Job *job, View *v, cnp.ndarray a, int axis) except -1:
+    """An output, streamed if it is larger than the last level cache."""
+    view(v, a, axis)
+    v.streamed = cnp.PyArray_NBYTES(a) > LAST_LEVEL_BYTES
+    v.buffered = v.streamed or v.data == job.x.data or v.data == job.dy.data or v.data == job.residual.data
     return 0
 
 
@@ -432,12 +427,11 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis, str name="x"):
     """x as an array; the call gets its shape, strides and walk."""
     cdef cnp.ndarray a = as_array(x, name)
     cdef Job *job = &call.job
-    job.weight.data = job.bias.data = job.residual.data = job.mask.data = job.dresidual.data = NULL
+    job.weight.data = job.bias.data = job.residual.data = job.mask.data = job.dy.data = job.dresidual.data = NULL
     job.weight.storage = job.bias.storage = FLOAT32
     job.count = NULL
     job.mean = job.m2 = NULL
     job.activation = IDENTITY
-    job.ahead = 0
     view_x(job, a, num_groups, axis, &call.axis)
     call.wide = job.x.storage == FLOAT64
     call.plan.job = job
@@ -611,10 +605,8 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
             view(&job.x, a, call.axis)
     if y is None:
         y = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
-    view(&job.y, y, call.axis)
-    job.y.buffered = job.y.data == job.x.data or job.y.data == job.residual.data
+    see_output(job, &job.y, y, call.axis)
     add_pass(&call, kernel.affine)
-    plan_memory(&call)
     run(&call.plan, job.x.itemsize, num_threads)
     result = finished(x, y, out)
     return (result, moments or statistics) if return_moments else result
@@ -762,11 +754,10 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
         dx = out
     else:
         dx = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
-    view(&job.y, dx, call.axis)
-    job.y.buffered = job.y.data == job.x.data or job.y.data == job.dy.data or job.y.data == job.residual.data
+    see_output(job, &job.y, dx, call.axis)
     if residual is not None:
         dresidual = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
-        view(&job.dresidual, dresidual, call.axis)
+        see_output(job, &job.dresidual, dresidual, call.axis)
     # Up to 64 blocks of samples, or each sample where a gradient is wanted for each, by shape only.
     each = any(value is not None and np.ndim(value) == 2 for value in (weight, bias))
     job.block = 1 if each else max(1, (job.N + 63) // 64)

@@ -167,7 +167,6 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
         x = load[real](job, &job.x, &t, xtile, &row)
         y = direct[real](job, &job.y, &t, ytile, &row)
         row = t.c - u.c - w.first
-        prefetch_ahead(job, &t)
         planar_tile[real](job, &t, x, y, <real> z.power, <real> z.mean, scale + row, shift + row)
         finish[real](job, &t, y, t.lanes, ytile)
         pos += t.lanes

@@ -33,7 +33,6 @@ cdef struct Job:  # everything a kernel needs to know of one call
     Py_ssize_t chunk  # interleaved: positions. Planar: values, of whole channels or of one of its pieces
     Py_ssize_t pieces
     Py_ssize_t block  # samples whose dweight and dbias one thread adds up in order
-    Py_ssize_t ahead  # bytes from a value of x to that of the next unit, which is prefetched; 0: nothing is
     View x, y, residual, mask, weight, bias, dy, dresidual  # for the gradient y is dx
     int activation
     double eps

@@ -12,7 +12,6 @@ cdef extern from "port.h" nogil:
     void gn_widen_half(const uint16_t *, float *, Py_ssize_t)
     void gn_narrow_half(const float *, uint16_t *, Py_ssize_t)
     void gn_stream(void *, const void *, size_t)
-    void gn_prefetch(const void *)
 
 cdef enum:
     PACKET = 256  # values gathered at a time from strided memory
@@ -183,13 +182,3 @@ cdef inline real *load(const Job *job, const View *v, const Span *t, real *buffe
     if tile == buffer:
         move[real](job, v, t, tile, False)
     return tile
-
-
-cdef inline void prefetch_ahead(const Job *job, const Span *t) noexcept nogil:
-    """Ask for the next unit's values while these are worked on, so that its reads overlap the writes of this one."""
-    cdef const char *p
-    cdef Py_ssize_t i
-    if job.ahead:
-        p = address(&job.x, t.n, t.c, t.s) + job.ahead
-        for i in range(0, t.rows * t.lanes * job.x.itemsize, 64):
-            gn_prefetch(p + i)
