@@ -458,7 +458,7 @@ cdef checked_moments(Job *job, moments, out):
         raise TypeError(f"moments must be gn_fast.Moments, not {type(moments).__name__}")
     if moments.count.shape != (job.N, job.G):
         raise ValueError(f"moments must have shape ({job.N}, {job.G}), samples and groups, not {moments.count.shape}")
-    return Moments._trusted(*(apart(np.ascontiguousarray(a), out) for a in (moments.count, moments.mean, moments.m2)))
+    return Moments._trusted(*(apart(np.require(a, requirements="CA"), out) for a in (moments.count, moments.mean, moments.m2)))
 
 
 cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, activation, mask, moments, out, num_threads):

@@ -42,6 +42,15 @@ cdef inline void accumulate_products(const real *x, Py_ssize_t row, const real *
             s2[j] += dy0[j] * (x0[j] - mean[j])
 
 
+cdef inline void slope_of_dy(real scale, real power, real *first, real *second) noexcept nogil:
+    """weight * rstd as one factor or, out of the middle of float32's range, as two."""
+    first[0] = scale * power
+    second[0] = 1
+    if not <real> 1e-30 < max(first[0], -first[0]) < <real> 1e30:
+        first[0] = scale
+        second[0] = power
+
+
 cdef inline void pack(const real *x, Py_ssize_t row, const Span *t, real *tile) noexcept nogil:
     cdef Py_ssize_t r, j
     if x != tile:
@@ -122,7 +131,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef double s2[WIDTH]
     cdef Py_ssize_t pos, stop, row, k, i, j, run, lanes, rows
     cdef double *sums = NULL
-    cdef real power, mean, slope = 0, constant = 0, a
+    cdef real power, mean, slope = 0, constant = 0, a = 0, b = 1
     cdef const real *x
     cdef const real *dy
     cdef const real *mask
@@ -185,9 +194,9 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
             i = 0
             while i < t.lanes:
                 run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
-                a = scale[k - w.first]
+                slope_of_dy[real](scale[k - w.first], power, &a, &b)
                 for j in range(i, run):
-                    y[j] = dy[j] * a * power - ztile[j]
+                    y[j] = dy[j] * a * b - ztile[j]
                 i = run
                 k += 1
             if y == ytile:
@@ -211,6 +220,8 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef real mean[WIDTH]
     cdef real scale[WIDTH]
     cdef real shift[WIDTH]
+    cdef real first[WIDTH]
+    cdef real second[WIDTH]
     cdef real slope[WIDTH]
     cdef real constant[WIDTH]
     cdef double means[WIDTH]
@@ -236,6 +247,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
             g = (t.c + j % t.lanes) // job.K - u.first
             means[j] = known[PIVOT * u.groups + g]
             if not summing:
+                slope_of_dy[real](scale[j], power[j], &first[j], &second[j])
                 slope[j] = <real> slopes[2 * g]
                 constant[j] = <real> slopes[2 * g + 1]
         t.s = chunk * job.chunk
@@ -273,7 +285,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
                         ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
                 for r in range(t.rows):
                     for j in range(t.lanes):
-                        y[r * yrow + j] = dy[r * dyrow + j] * scale[j] * power[j] - ztile[r * t.lanes + j]
+                        y[r * yrow + j] = dy[r * dyrow + j] * first[j] * second[j] - ztile[r * t.lanes + j]
                 if y == ytile:
                     move[real](job, &job.y, &t, y, True)
                 if job.dresidual.data != NULL:

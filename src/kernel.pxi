@@ -21,6 +21,7 @@ include "activation.pxi"
 
 cdef extern from "port.h" nogil:
     double gn_power_of_two(double)
+    void gn_prefetch(const void *)
 
 cdef enum:
     LANES = 64  # of a planar block: 4 to 16 vectors, so that additions overlap
@@ -62,7 +63,7 @@ cdef void take_moments(const Job *job, Py_ssize_t unit, double *known) noexcept 
         known[COUNT * u.groups + g] = job.count[i + g]
         known[PIVOT * u.groups + g] = job.mean[i + g]
         known[SHIFT * u.groups + g] = 0
-        known[M2 * u.groups + g] = job.m2[i + g]
+        known[M2 * u.groups + g] = job.m2[i + g] if job.count[i + g] > 0 else 0
 
 
 cdef void merge_moments(const Job *job, Py_ssize_t unit, double *into, const double *other) noexcept nogil:

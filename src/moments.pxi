@@ -35,6 +35,9 @@ cdef inline void accumulate(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_s
         x1 = x0 + row
         x2 = x1 + row
         x3 = x2 + row
+        if row > LANES:  # four rows at a time are too many short streams for the hardware's own prefetching
+            for j in range(0, 4 * row * <Py_ssize_t> sizeof(real), 64):
+                gn_prefetch(<const char *> (x3 + row) + j)
         for j in range(lanes):
             d0 = x0[j] - p[j]
             d1 = x1[j] - p[j]

@@ -86,6 +86,12 @@ static inline void gn_narrow_half(const float *f, uint16_t *h, ptrdiff_t n) {
 
 /* ---- memory ------------------------------------------------------------------------------------- */
 
+#if defined(__GNUC__)
+#define gn_prefetch(address) __builtin_prefetch(address)
+#else
+#define gn_prefetch(address) ((void)(address))
+#endif
+
 /* memcpy whose stores bypass the caches: no line is read only to be overwritten.  gn_stream_end orders
    the stores before whatever the thread does next. */
 static inline void gn_stream(void *to, const void *from, size_t bytes) {

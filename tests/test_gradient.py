@@ -966,3 +966,24 @@ def test_parameters_of_each_sample_cost_a_row_of_each_sum(three_processors, layo
     for threads in (1, 3):
         unit = 2 * threads * 8 * (2 * c + 6 * groups)
         assert peak((n, c, 4, 5), layout, threads, per_sample=True) <= rows + unit + FIXED
+
+
+@pytest.mark.parametrize(
+    ("dy", "scale", "weight", "eps"),
+    [
+        (1e-30, 1e-20, 1e-20, 0),
+        (1e30, 1e20, 1e10, 1e-5),
+        (1e35, 1e5, 1e4, 1e-5),
+        (3e38, 1e3, 1, 1e-5),
+        (1e30, 1e38, 1e-3, 0),
+    ],
+)
+def test_no_factor_of_dx_leaves_the_range_of_float32_before_dx_does(dy, scale, weight, eps):
+    x = np.array([[1, 2, 3, 3.3]]) * scale
+    arrays = np.array([[dy, 0, 0, 0]]), x, np.full(4, weight)
+    dy64, x64, w64 = arrays
+    exact = gn_fast.reference.group_norm_backward(dy64, x64, 1, w64, eps=eps)[0]
+    dy32, x32, w32 = (a.astype(np.float32) for a in arrays)
+    dx = gn_fast.group_norm_backward(dy32, x32, 1, w32, eps=eps)[0]
+    # The inputs are rounded, each by up to 6e-8, and dx cancels by a factor of up to 10.
+    np.testing.assert_allclose(dx, exact, rtol=2e-6)
