@@ -346,7 +346,6 @@ cdef int plan_walk(Job *job, bint channels_last) except -1:
     cdef View *v = &job.x
     cdef Py_ssize_t channels, across = abs(v.channel_stride), along = abs(v.stride[v.ndim - 1])
     job.interleaved = job.S > 1 and job.C > 1 and (across < along if across and along else channels_last)
-    job.pieces = job.block = 1
     if job.interleaved:
         # A sample of up to 16 MiB of float32, which may stay in a last level cache between its sweeps, is swept in
         # whole rows; a larger one in strips of at least 64 channels.
@@ -358,7 +357,6 @@ cdef int plan_walk(Job *job, bint channels_last) except -1:
         job.chunk = (job.chunk + 511) // 512 * 512
         job.chunks = (job.S + job.chunk - 1) // job.chunk
     else:
-        job.unit_groups = 1
         job.units = job.N * job.G
         job.pieces = max(1, min((job.S + CHUNK - 1) // CHUNK, MAX_CHUNKS // max(job.K, 1)))
         if job.pieces == 1:
@@ -432,6 +430,8 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis, str name="x"):
     job.count = NULL
     job.mean = job.m2 = NULL
     job.activation = IDENTITY
+    job.interleaved = False
+    job.unit_groups = job.units = job.chunks = job.pieces = job.block = 1
     view_x(job, a, num_groups, axis, &call.axis)
     call.wide = job.x.storage == FLOAT64
     call.plan.job = job

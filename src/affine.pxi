@@ -1,4 +1,5 @@
-# The affine: y = act((x - mean) * rstd * weight + bias + residual) on a chunk, tile by tile in both layouts.
+# The affine: y = act((x - mean) * rstd * weight + bias + residual) on a chunk, tile by tile; and the planar walk. That
+# of channels-last lives in interleaved.pxi.
 
 
 ctypedef fused value:  # of weights and biases, which may be wider than the compute type
@@ -170,67 +171,3 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
         planar_tile[real](job, &t, x, y, <real> z.power, <real> z.mean, scale + row, shift + row)
         finish[real](job, &t, y, t.lanes, ytile)
         pos += t.lanes
-
-
-# ---- interleaved -----------------------------------------------------------------------------------
-
-
-cdef void lane_parameters(const Job *job, const Unit *u, Py_ssize_t c, Py_ssize_t width, const double *known,
-                          real *power, real *mean, real *scale, real *shift) noexcept nogil:
-    """The affine of each lane: of each channel from c on, as often as positions share a row."""
-    cdef Py_ssize_t i = 0, j, run
-    cdef Standard z
-    while i < width:
-        run = min(width - i, job.K - (c + i) % job.K)
-        standardize[real](known, u.groups, (c + i) // job.K - u.first, job.eps, &z, 0)
-        weigh[real](job, u.n, c + i, run, &z, scale + i, shift + i)
-        for j in range(i, i + run):
-            power[j] = <real> z.power
-            mean[j] = <real> z.mean
-        i += run
-    for j in range(width, widest(width)):
-        power[j] = power[j - width]
-        mean[j] = mean[j - width]
-        scale[j] = scale[j - width]
-        shift[j] = shift[j - width]
-
-
-cdef inline void interleaved_tile(const real *x, Py_ssize_t row, real *y, Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes,
-                                  const real *power, const real *mean, const real *scale, const real *shift) noexcept nogil:
-    cdef Py_ssize_t r, j
-    for r in range(rows):
-        for j in range(lanes):
-            y[j] = (x[j] * power[j] - mean[j]) * scale[j] + shift[j]
-        x += row
-        y += yrow
-
-
-cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _) noexcept nogil:
-    cdef real xtile[AREA]
-    cdef real ytile[AREA]
-    cdef real power[WIDTH]
-    cdef real mean[WIDTH]
-    cdef real scale[WIDTH]
-    cdef real shift[WIDTH]
-    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, yrow
-    cdef const real *x
-    cdef real *y
-    cdef Unit u = unit_of(job, unit)
-    cdef Span t
-    t.n = u.n
-    t.c = u.c
-    t.planar = False
-    while t.c < u.c + u.channels:
-        t.lanes = strip(job, t.c, u.c + u.channels)
-        lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
-        t.s = chunk * job.chunk
-        while t.s < stop:
-            t.rows = next_rows(stop - t.s, t.lanes, &fold)
-            x = load[real](job, &job.x, &t, xtile, &row)
-            y = direct[real](job, &job.y, &t, ytile, &yrow)
-            if row != t.lanes or yrow != t.lanes:
-                fold = 1
-            interleaved_tile[real](x, fold * row, y, fold * yrow, t.rows // fold, fold * t.lanes, power, mean, scale, shift)
-            finish[real](job, &t, y, yrow, ytile)
-            t.s += t.rows
-        t.c += t.lanes

@@ -35,6 +35,7 @@ cdef enum:
 
 include "moments.pxi"
 include "affine.pxi"
+include "interleaved.pxi"
 include "gradient.pxi"
 
 

@@ -1,0 +1,223 @@
+# The walk of channels-last arrays, position by position: each lane is a channel (or a channel of one of several
+# positions that share a row), and lanes are merged into groups at the end of a chunk. The arithmetic is that of
+# moments.pxi and affine.pxi.
+
+
+cdef inline Py_ssize_t strip(const Job *job, Py_ssize_t c, Py_ssize_t stop) noexcept nogil:
+    """How many channels from c on share an interleaved tile: whole groups, or a part of one wide group."""
+    if job.K > WIDTH:
+        return min(WIDTH, job.K - c % job.K)
+    return min(WIDTH // job.K * job.K, stop - c)
+
+
+cdef inline Py_ssize_t widest(Py_ssize_t width) noexcept nogil:
+    """The lanes of a row that holds several positions if there are few channels, so that the lanes are used."""
+    return max(1, WIDTH // 4 // width) * width
+
+
+cdef inline Py_ssize_t next_rows(Py_ssize_t left, Py_ssize_t width, Py_ssize_t *fold) noexcept nogil:
+    """How many of the positions left make the next tile, `fold` of them to a row: whole rows, or what is left of one."""
+    fold[0] = min(widest(width) // width, left)
+    return min(min(ROWS, AREA // (fold[0] * width) & ~3), left // fold[0]) * fold[0]
+
+
+cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_ssize_t rows, Py_ssize_t lanes,
+                            real *copy, const double *so_far, real *size, double *moments, Py_ssize_t n) noexcept nogil:
+    """The moments of the first `lanes` of n sets, one a lane; where the mask is 0 values do not count. The pivot is the
+    lane's mean so far."""
+    cdef real p[WIDTH]
+    cdef real s1[WIDTH]
+    cdef real s2[WIDTH]
+    cdef real count[WIDTH]
+    cdef real power[WIDTH]
+    cdef real v
+    cdef double mean
+    cdef Py_ssize_t r, j
+    cdef bint again = False
+    for j in range(lanes):
+        count[j] = <real> rows
+        power[j] = 1
+        s1[j] = 0
+        s2[j] = 0
+    if mask == NULL and so_far[COUNT * n] > 0:
+        for j in range(lanes):
+            p[j] = <real> (so_far[PIVOT * n + j] + so_far[SHIFT * n + j])
+    elif mask == NULL:
+        lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p, size)
+    else:
+        for j in range(lanes):
+            count[j] = 0
+            p[j] = 0
+            size[j] = 0
+        for r in range(rows):
+            for j in range(lanes):
+                count[j] += mask[r * lanes + j]
+        for r in range(rows):
+            for j in range(lanes):
+                v = x[r * row + j] / count[j] if mask[r * lanes + j] != 0 else <real> 0
+                p[j] += v
+                size[j] += max(v, -v)
+    for j in range(lanes):
+        p[j] = on_grid[real](p[j], size[j])
+    if mask != NULL:
+        for r in range(rows):
+            for j in range(lanes):
+                copy[r * lanes + j] = x[r * row + j] if mask[r * lanes + j] != 0 else p[j]
+        x = copy
+        row = lanes
+    accumulate[real](x, row, rows, lanes, p, s1, s2)
+    for j in range(lanes):
+        again |= lossy(s2[j])
+    if again:  # rare: once more, with the values of such lanes brought near 1
+        for j in range(lanes):
+            if lossy(s2[j]):
+                power[j] = max(p[j], -p[j])
+                for r in range(rows):
+                    power[j] = max(power[j], max(x[r * row + j], -x[r * row + j]))
+                power[j] = <real> power_near(power[j])
+            p[j] = p[j] / power[j]
+            s1[j] = 0
+            s2[j] = 0
+        for r in range(rows):
+            for j in range(lanes):
+                copy[r * lanes + j] = x[r * row + j] / power[j]
+        accumulate[real](copy, lanes, rows, lanes, p, s1, s2)
+    for j in range(lanes):
+        mean = s1[j] / <double> (count[j] if count[j] > 0 else <real> 1)
+        moments[COUNT * n + j] = count[j]
+        moments[PIVOT * n + j] = <double> p[j] * power[j]
+        moments[SHIFT * n + j] = mean * power[j]
+        moments[M2 * n + j] = (s2[j] - s1[j] * mean) * power[j] * power[j]
+
+
+cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ssize_t channels, double *one) noexcept nogil:
+    """The moments of a group from those of its lanes: some channels of each position of a row."""
+    cdef double pivot = lane[PIVOT * n], count = 0, sum1 = 0, sum2 = 0, shift, mean
+    cdef Py_ssize_t r, j
+    for r in range(0, n // width):
+        for j in range(r * width, r * width + channels):
+            count += lane[COUNT * n + j]
+            if lane[COUNT * n + j] > 0:
+                sum1 += lane[COUNT * n + j] * ((lane[PIVOT * n + j] - pivot) + lane[SHIFT * n + j])
+    mean = sum1 / max(count, 1.0)
+    for r in range(0, n // width):
+        for j in range(r * width, r * width + channels):
+            if lane[COUNT * n + j] > 0:
+                shift = ((lane[PIVOT * n + j] - pivot) + lane[SHIFT * n + j]) - mean
+                sum2 += lane[M2 * n + j] + lane[COUNT * n + j] * (shift * shift)
+    one[COUNT] = count
+    one[PIVOT] = pivot
+    one[SHIFT] = mean
+    one[M2] = sum2
+
+
+cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
+    cdef real xtile[AREA]
+    cdef real mtile[AREA]
+    cdef real copy[AREA]
+    cdef real size[WIDTH]
+    cdef double lane[4 * WIDTH]
+    cdef double block[4 * WIDTH]
+    cdef double one[4]
+    cdef double group[4]
+    cdef Unit u = unit_of(job, unit)
+    cdef Py_ssize_t c = u.c, stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, j, i, run, g, field
+    cdef const real *x
+    cdef const real *mask = NULL
+    cdef Span t
+    t.n = u.n
+    t.planar = False
+    while c < u.c + u.channels:
+        width = strip(job, c, u.c + u.channels)
+        n = widest(width)
+        memset(lane, 0, 4 * n * sizeof(double))
+        t.c = c
+        t.s = chunk * job.chunk
+        t.lanes = width
+        while t.s < stop:
+            t.rows = next_rows(stop - t.s, width, &fold)
+            x = load[real](job, &job.x, &t, xtile, &row)
+            if fold > 1 and row != width:
+                move[real](job, &job.x, &t, xtile, False)
+                x = xtile
+                row = width
+            if job.mask.data != NULL:
+                mask = load[real](job, &job.mask, &t, mtile, &j)
+            if fold * width < n:
+                memset(block, 0, 4 * n * sizeof(double))
+            interleaved_block[real](x, row * fold, mask, t.rows // fold, fold * width, copy, lane, size, block, n)
+            merge(lane, block, n)
+            t.s += t.rows
+        i = 0
+        while i < width:
+            run = min(width - i, job.K - (c + i) % job.K)
+            g = (c + i) // job.K - u.first
+            gather_lanes(lane + i, n, width, run, one)
+            for field in range(4):
+                group[field] = found[field * u.groups + g]
+            merge(group, one, 1)
+            for field in range(4):
+                found[field * u.groups + g] = group[field]
+            i += run
+        c += width
+
+
+cdef void lane_parameters(const Job *job, const Unit *u, Py_ssize_t c, Py_ssize_t width, const double *known,
+                          real *power, real *mean, real *scale, real *shift) noexcept nogil:
+    """The affine of each lane: of each channel from c on, as often as positions share a row."""
+    cdef Py_ssize_t i = 0, j, run
+    cdef Standard z
+    while i < width:
+        run = min(width - i, job.K - (c + i) % job.K)
+        standardize[real](known, u.groups, (c + i) // job.K - u.first, job.eps, &z, 0)
+        weigh[real](job, u.n, c + i, run, &z, scale + i, shift + i)
+        for j in range(i, i + run):
+            power[j] = <real> z.power
+            mean[j] = <real> z.mean
+        i += run
+    for j in range(width, widest(width)):
+        power[j] = power[j - width]
+        mean[j] = mean[j - width]
+        scale[j] = scale[j - width]
+        shift[j] = shift[j - width]
+
+
+cdef inline void interleaved_tile(const real *x, Py_ssize_t row, real *y, Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes,
+                                  const real *power, const real *mean, const real *scale, const real *shift) noexcept nogil:
+    cdef Py_ssize_t r, j
+    for r in range(rows):
+        for j in range(lanes):
+            y[j] = (x[j] * power[j] - mean[j]) * scale[j] + shift[j]
+        x += row
+        y += yrow
+
+
+cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _) noexcept nogil:
+    cdef real xtile[AREA]
+    cdef real ytile[AREA]
+    cdef real power[WIDTH]
+    cdef real mean[WIDTH]
+    cdef real scale[WIDTH]
+    cdef real shift[WIDTH]
+    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, yrow
+    cdef const real *x
+    cdef real *y
+    cdef Unit u = unit_of(job, unit)
+    cdef Span t
+    t.n = u.n
+    t.c = u.c
+    t.planar = False
+    while t.c < u.c + u.channels:
+        t.lanes = strip(job, t.c, u.c + u.channels)
+        lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
+        t.s = chunk * job.chunk
+        while t.s < stop:
+            t.rows = next_rows(stop - t.s, t.lanes, &fold)
+            x = load[real](job, &job.x, &t, xtile, &row)
+            y = direct[real](job, &job.y, &t, ytile, &yrow)
+            if row != t.lanes or yrow != t.lanes:
+                fold = 1
+            interleaved_tile[real](x, fold * row, y, fold * yrow, t.rows // fold, fold * t.lanes, power, mean, scale, shift)
+            finish[real](job, &t, y, yrow, ytile)
+            t.s += t.rows
+        t.c += t.lanes
