@@ -13,10 +13,10 @@ cdef struct Standard:  # a group's part of the affine: x * power - mean - rest i
 
 cdef inline void standardize(const double *stats, Py_ssize_t groups, Py_ssize_t g, double eps, Standard *z, real _) noexcept nogil:
     """Split the mean into a value of the compute type and the rest, up to 3% of a standard deviation where mean/std is
-    1e6. The power of two above rstd costs no bit and keeps all factors in range for any finite x."""
+    1e6. The power of two below rstd costs no bit and keeps all factors in range for any finite x."""
     cdef double mean = stats[PIVOT * groups + g]
     cdef double rstd = 1 / sqrt(stats[M2 * groups + g] / max(stats[COUNT * groups + g], 1.0) + eps)
-    z.power = 2 * power_near(rstd)
+    z.power = power_near(rstd)
     if not -1e30 < mean * z.power < 1e30:
         z.power = 1
     z.mean = <real> (mean * z.power)

@@ -344,13 +344,6 @@ def test_statistics_are_those_certified_by_nist(path, layout):
     np.testing.assert_allclose(np.sqrt(m.m2 / (x.size - 1)), std, rtol=5e-15 + 2 * EPS64 * abs(mean) / std)
 
 
-def test_a_weight_near_the_largest_float32_does_not_overflow_by_itself():
-    x = np.array([[1, 2, 3, 4]], np.float32)
-    for factor in (0.7, 1, 1.4):
-        y = gn_fast.group_norm(x * np.float32(factor), 1, np.full(4, 2.5e38, np.float32), eps=0.0)
-        np.testing.assert_allclose(y / 2.5e38, np.array([[-1.5, -0.5, 0.5, 1.5]]) / np.sqrt(1.25), rtol=1e-6)
-
-
 def test_given_moments_that_counted_nothing_have_no_variance():
     m = gn_fast.Moments(count=[[0]], mean=[[1.0]], m2=[[5.0]])
     y = gn_fast.group_norm(np.array([[1.0, 2.0]]), 1, moments=m, eps=0.25)
