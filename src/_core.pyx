@@ -421,9 +421,9 @@ cdef int add_pass(Call *call, Pass *of_types) except -1:
     return 0
 
 
-cdef cnp.ndarray open_call(Call *call, x, num_groups, axis, str name="x"):
+cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
     """x as an array; the call gets its shape, strides and walk."""
-    cdef cnp.ndarray a = as_array(x, name)
+    cdef cnp.ndarray a = as_array(x, "x")
     cdef Job *job = &call.job
     job.weight.data = job.bias.data = job.residual.data = job.mask.data = job.dy.data = job.dresidual.data = NULL
     job.weight.storage = job.bias.storage = FLOAT32
@@ -462,8 +462,8 @@ cdef checked_moments(Job *job, moments, out):
 
 
 cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, activation, mask, moments, out, num_threads):
-    """Check what forward and backward have in common. Returns what must stay alive during the call, then the number
-    of threads and the moments."""
+    """Check what forward and backward have in common. Returns the weight and the bias as arrays, what else must stay
+    alive during the call, the number of threads and the moments."""
     cdef Job *job = &call.job
     cdef cnp.ndarray w = None, b = None, r = None, m = None
     job.eps = checked_eps(eps)
@@ -484,7 +484,7 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
         moments = checked_moments(job, moments, out)
         use_moments(job, moments)
         add_pass(call, kernel.given)
-    return (w, b, r, m), num_threads, moments
+    return w, b, (r, m), num_threads, moments
 
 
 cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
@@ -590,7 +590,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), y = None
     if out is not None:
         check_out(out, a)
-    alive, num_threads, statistics = read_options(
+    *alive, num_threads, statistics = read_options(
         &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
     if statistics is None:
         add_pass(&call, kernel.moments)
@@ -659,7 +659,7 @@ def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
     """
     cdef Call call
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis)
-    alive, num_threads, _ = read_options(&call, a, None, None, 0.0, None, None, mask, None, None, num_threads)
+    *alive, num_threads, _ = read_options(&call, a, None, None, 0.0, None, None, mask, None, None, num_threads)
     statistics = empty_moments(&call.job)
     use_moments(&call.job, statistics)
     add_pass(&call, kernel.moments)
@@ -673,7 +673,6 @@ cdef summed(sums, value, Job *job):
     cdef Py_ssize_t n, c
     if value is None:
         return None
-    value = as_array(value, "value")
     if value.ndim == 1:
         for n in range(1, rows.shape[0]):
             for c in range(rows.shape[1]):
@@ -746,7 +745,7 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
         if not same_places(a, out) and shared(a, out):
             raise ValueError("out must not overlap x in part: it may be x itself, dy itself, or apart from both")
     g = like_x(&job.dy, dy, "dy", a, call.axis, out)
-    alive, num_threads, statistics = read_options(
+    w, b, alive, num_threads, statistics = read_options(
         &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
     if statistics is None:
         add_pass(&call, kernel.moments)
@@ -759,7 +758,7 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
         dresidual = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
         see_output(job, &job.dresidual, dresidual, call.axis)
     # Up to 64 blocks of samples, or each sample where a gradient is wanted for each, by shape only.
-    each = any(value is not None and np.ndim(value) == 2 for value in (weight, bias))
+    each = any(value is not None and value.ndim == 2 for value in (w, b))
     job.block = 1 if each else max(1, (job.N + 63) // 64)
     shape = ((job.N + job.block - 1) // job.block, job.C)
     dweight, dbias = np.zeros(shape), np.zeros(shape)
@@ -769,5 +768,5 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     add_pass(&call, kernel.gradient)
     call.plan.size = slopes_at(job) + 2 * job.unit_groups
     run(&call.plan, job.x.itemsize, num_threads)
-    result = finished(x, dx, out), summed(dweight, weight, job), summed(dbias, bias, job)
+    result = finished(x, dx, out), summed(dweight, w, job), summed(dbias, b, job)
     return result if residual is None else (*result, finished(x, dresidual, None))
