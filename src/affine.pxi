@@ -38,17 +38,17 @@ cdef inline const value *of_channels(const View *v, Py_ssize_t n, Py_ssize_t c, 
 
 
 cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, double factor, double rest,
-                          double most, real *scale, real *shift, value _) noexcept nogil:
+                          real most, real *scale, real *shift, value _) noexcept nogil:
     cdef value wbuffer[WIDTH]
     cdef value bbuffer[WIDTH]
     cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, wbuffer)
     cdef const value *bias = of_channels[value](&job.bias, n, c, channels, 0, bbuffer)
-    cdef double moved
+    cdef real moved
     cdef Py_ssize_t i
     for i in range(channels):
         scale[i] = <real> (weight[i] * factor)
     for i in range(channels):
-        moved = rest * (weight[i] * factor)
+        moved = <real> rest * scale[i]
         moved = moved if moved > -most else -most  # finite, so that an infinite weight makes no NaN
         moved = moved if moved < most else most
         shift[i] = <real> (bias[i] - moved)
@@ -57,7 +57,7 @@ cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
 cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z,
                 real *scale, real *shift) noexcept nogil:
     """For channels of one group: (x * power - mean) * scale + shift is the normalized, weighted and biased x."""
-    cdef double most = 1e38 if real is float else 1e308
+    cdef real most = <real> 1e38 if real is float else <real> 1e308
     if real is double or job.weight.storage == FLOAT64 or job.bias.storage == FLOAT64:
         weigh_as[real, double](job, n, c, channels, z.factor, z.rest, most, scale, shift, 0)
     else:

@@ -8,38 +8,33 @@
 # those of the affine. Derivation: docs/gradient.md.
 
 
-cdef inline void accumulate_products(const real *x, Py_ssize_t row, const real *dy, Py_ssize_t dyrow, Py_ssize_t rows,
-                                     Py_ssize_t lanes, const double *mean, double *s1, double *s2) noexcept nogil:
-    """s1 += sum(dy), s2 += sum(dy * (x - mean)) down each lane, four rows at a time. In float64, where products of
-    float32 are exact: a and b may cancel to much less than the terms of their sums."""
-    cdef Py_ssize_t r, j
-    cdef const real *x0
-    cdef const real *x1
-    cdef const real *x2
-    cdef const real *x3
-    cdef const real *dy0
-    cdef const real *dy1
-    cdef const real *dy2
-    cdef const real *dy3
-    for r in range(0, rows - 3, 4):
-        x0 = x + r * row
-        x1 = x0 + row
-        x2 = x1 + row
-        x3 = x2 + row
-        dy0 = dy + r * dyrow
-        dy1 = dy0 + dyrow
-        dy2 = dy1 + dyrow
-        dy3 = dy2 + dyrow
-        for j in range(lanes):
-            s1[j] += (<double> dy0[j] + <double> dy1[j]) + (<double> dy2[j] + <double> dy3[j])
-            s2[j] += ((dy0[j] * (x0[j] - mean[j]) + dy1[j] * (x1[j] - mean[j]))
-                      + (dy2[j] * (x2[j] - mean[j]) + dy3[j] * (x3[j] - mean[j])))
-    for r in range(rows & ~3, rows):
-        x0 = x + r * row
-        dy0 = dy + r * dyrow
-        for j in range(lanes):
-            s1[j] += dy0[j]
-            s2[j] += dy0[j] * (x0[j] - mean[j])
+cdef inline void accumulate_products(const real *x, const real *dy, Py_ssize_t n, double mean, double *sum1, double *sum2) noexcept nogil:
+    """Add sum(dy) and sum(dy * (x - mean)) of values that lie in a row. In float64, where products of float32 are exact:
+    a and b may cancel to much less than the terms of their sums."""
+    cdef double s1[VECTOR]
+    cdef double s2[VECTOR]
+    cdef Py_ssize_t rows = n // VECTOR, r, j
+    for j in range(VECTOR):
+        s1[j] = 0
+        s2[j] = 0
+    for j in range(n % VECTOR):
+        s1[j] += dy[rows * VECTOR + j]
+        s2[j] += dy[rows * VECTOR + j] * (x[rows * VECTOR + j] - mean)
+    for r in range(rows % 4):
+        for j in range(VECTOR):
+            s1[j] += dy[j]
+            s2[j] += dy[j] * (x[j] - mean)
+        x += VECTOR
+        dy += VECTOR
+    for r in range(rows // 4):
+        for j in range(VECTOR):
+            s1[j] += (<double> dy[j] + <double> dy[j + VECTOR]) + (<double> dy[j + 2 * VECTOR] + <double> dy[j + 3 * VECTOR])
+            s2[j] += ((dy[j] * (x[j] - mean) + dy[j + VECTOR] * (x[j + VECTOR] - mean))
+                      + (dy[j + 2 * VECTOR] * (x[j + 2 * VECTOR] - mean) + dy[j + 3 * VECTOR] * (x[j + 3 * VECTOR] - mean)))
+        x += 4 * VECTOR
+        dy += 4 * VECTOR
+    sum1[0] += total[double](s1, VECTOR)
+    sum2[0] += total[double](s2, VECTOR)
 
 
 cdef inline void slope_of_dy(real scale, real power, real *first, real *second) noexcept nogil:
@@ -126,15 +121,15 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real ztile[TILE]
     cdef real scale[WIDTH]
     cdef real shift[WIDTH]
-    cdef double means[WIDTH]
-    cdef double s1[WIDTH]
-    cdef double s2[WIDTH]
-    cdef Py_ssize_t pos, stop, row, k, i, j, run, lanes, rows
+    cdef real each_scale[WIDTH]
+    cdef Py_ssize_t pos, stop, row, k, i, j, run
     cdef double *sums = NULL
     cdef real power, mean, slope = 0, constant = 0, a = 0, b = 1
+    cdef bint sloped
     cdef const real *x
     cdef const real *dy
     cdef const real *mask
+    cdef const real *each
     cdef real *y
     cdef Unit u = unit_of(job, unit)
     cdef Window w
@@ -146,8 +141,8 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     mean = <real> z.mean
     if summing:
         sums = found + sums_at(job)
-        for j in range(WIDTH if job.S == 1 else LANES):
-            means[j] = known[PIVOT]
+        if job.activation == IDENTITY:
+            w.count = u.channels  # no channel's scale and shift are asked for
     else:
         slope = <real> known[slopes_at(job)]
         constant = <real> known[slopes_at(job) + 1]
@@ -161,42 +156,44 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
         dy = before_activation[real](job, &t, ztile, dytile, &row)
         if summing and job.S == 1:
             for j in range(t.lanes):
-                s1[j] = 0
-                s2[j] = 0
-            accumulate_products[real](x, 0, dy, 0, 1, t.lanes, means, s1, s2)
-            for j in range(t.lanes):
-                sums[k + j] += s1[j]
-                sums[u.channels + k + j] += s2[j]
+                sums[k + j] += dy[j]
+                sums[u.channels + k + j] += dy[j] * (x[j] - known[PIVOT])
         elif summing:
             i = 0
             while i < t.lanes:
                 run = min(t.lanes - i, job.S - (t.s if i == 0 else 0))
-                lanes = LANES if run >= 4 * LANES else LANES // 4
-                rows = run // lanes
-                for j in range(lanes):
-                    s1[j] = 0
-                    s2[j] = 0
-                accumulate_products[real](x + i, lanes, dy + i, lanes, rows, lanes, means, s1, s2)
-                rows = i + rows * lanes
-                accumulate_products[real](x + rows, 0, dy + rows, 0, 1, i + run - rows, means, s1, s2)
-                sums[k] += total[double](s1, lanes)
-                sums[u.channels + k] += total[double](s2, lanes)
+                accumulate_products[real](x + i, dy + i, run, known[PIVOT], sums + k, sums + u.channels + k)
                 i += run
                 k += 1
         else:
             y = direct[real](job, &job.y, &t, ytile, &row)
-            for j in range(t.lanes):  # where nothing counts there is no slope, not even of NaN
-                ztile[j] = ((x[j] * power - mean) * slope if slope != 0 else <real> 0) + constant
+            sloped = job.mask.data == NULL and slope != 0
+            if not sloped:
+                for j in range(t.lanes):  # where nothing counts there is no slope, not even of NaN
+                    ztile[j] = ((x[j] * power - mean) * slope if slope != 0 else <real> 0) + constant
             if job.mask.data != NULL:
                 mask = load[real](job, &job.mask, &t, xtile, &row)
                 for j in range(t.lanes):
                     ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
-            i = 0
+            k -= w.first
+            if job.S < SHORT:
+                each = scale + k
+                if job.S > 1:
+                    repeat[real](scale + k, job.S - t.s, job.S, t.lanes, each_scale)
+                    each = each_scale
+                for j in range(t.lanes):
+                    slope_of_dy[real](each[j], power, &a, &b)
+                    y[j] = dy[j] * a * b - (((x[j] * power - mean) * slope + constant) if sloped else ztile[j])
+            i = 0 if job.S >= SHORT else t.lanes
             while i < t.lanes:
                 run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
-                slope_of_dy[real](scale[k - w.first], power, &a, &b)
-                for j in range(i, run):
-                    y[j] = dy[j] * a * b - ztile[j]
+                slope_of_dy[real](scale[k], power, &a, &b)
+                if sloped:
+                    for j in range(i, run):
+                        y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
+                else:
+                    for j in range(i, run):
+                        y[j] = dy[j] * a * b - ztile[j]
                 i = run
                 k += 1
             if y == ytile:
@@ -207,6 +204,43 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
 
 
 # ---- interleaved -----------------------------------------------------------------------------------
+
+
+cdef inline void accumulate_product_lanes(const real *x, Py_ssize_t row, const real *dy, Py_ssize_t dyrow, Py_ssize_t lanes,
+                                          const double *mean, double *s1, double *s2) noexcept nogil:
+    """Four rows of up to VECTOR lanes at once."""
+    cdef double t1[VECTOR]
+    cdef double t2[VECTOR]
+    cdef Py_ssize_t j
+    for j in range(lanes):
+        t1[j] = s1[j] + ((<double> dy[j] + <double> dy[dyrow + j])
+                         + (<double> dy[2 * dyrow + j] + <double> dy[3 * dyrow + j]))
+        t2[j] = s2[j] + ((dy[j] * (x[j] - mean[j]) + dy[dyrow + j] * (x[row + j] - mean[j]))
+                         + (dy[2 * dyrow + j] * (x[2 * row + j] - mean[j]) + dy[3 * dyrow + j] * (x[3 * row + j] - mean[j])))
+    memcpy(s1, t1, lanes * sizeof(double))
+    memcpy(s2, t2, lanes * sizeof(double))
+
+
+cdef inline void accumulate_product_rows(const real *x, Py_ssize_t row, const real *dy, Py_ssize_t dyrow, Py_ssize_t rows,
+                                         Py_ssize_t lanes, const double *mean, double *s1, double *s2) noexcept nogil:
+    """s1 += sum(dy), s2 += sum(dy * (x - mean)) down each lane."""
+    cdef Py_ssize_t whole = lanes - lanes % VECTOR, r, i, j
+    for r in range(rows // 4):
+        for i in range(lanes // VECTOR):
+            j = i * VECTOR
+            gn_prefetch(<const char *> (x + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
+            gn_prefetch(<const char *> (dy + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
+            accumulate_product_lanes[real](x + j, row, dy + j, dyrow, VECTOR, mean + j, s1 + j, s2 + j)
+        if whole < lanes:
+            accumulate_product_lanes[real](x + whole, row, dy + whole, dyrow, lanes - whole, mean + whole, s1 + whole, s2 + whole)
+        x += 4 * row
+        dy += 4 * dyrow
+    for r in range(rows % 4):
+        for j in range(lanes):
+            s1[j] += dy[j]
+            s2[j] += dy[j] * (x[j] - mean[j])
+        x += row
+        dy += dyrow
 
 
 cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found,
@@ -228,6 +262,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef double s1[WIDTH]
     cdef double s2[WIDTH]
     cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, dyrow, yrow, r, i, j, k, g
+    cdef bint sloped
     cdef double *sums = NULL
     cdef const double *slopes = known + slopes_at(job)
     cdef const real *x
@@ -242,17 +277,20 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     while t.c < u.c + u.channels:
         t.lanes = strip(job, t.c, u.c + u.channels)
         k = t.c - u.c
-        lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
+        if not summing or job.activation != IDENTITY:
+            lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
+        sloped = not summing
         for j in range(widest(t.lanes)):
             g = (t.c + j % t.lanes) // job.K - u.first
             means[j] = known[PIVOT * u.groups + g]
             if not summing:
                 slope_of_dy[real](scale[j], power[j], &first[j], &second[j])
                 slope[j] = <real> slopes[2 * g]
+                sloped &= slope[j] != 0
                 constant[j] = <real> slopes[2 * g + 1]
         t.s = chunk * job.chunk
         while t.s < stop:
-            t.rows = next_rows(stop - t.s, t.lanes, &fold)
+            t.rows = next_rows(stop - t.s, t.lanes, AREA if summing else TILE, &fold)
             x = load[real](job, &job.x, &t, xtile, &row)
             if job.activation != IDENTITY:
                 interleaved_tile[real](x, row, ztile, t.lanes, t.rows, t.lanes, power, mean, scale, shift)
@@ -268,24 +306,30 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
                 for j in range(fold * t.lanes):
                     s1[j] = 0
                     s2[j] = 0
-                accumulate_products[real](x, fold * row, dy, fold * dyrow, t.rows // fold, fold * t.lanes, means, s1, s2)
+                accumulate_product_rows[real](x, fold * row, dy, fold * dyrow, t.rows // fold, fold * t.lanes, means, s1, s2)
                 for r in range(fold):
                     for j in range(t.lanes):
                         sums[k + j] += s1[r * t.lanes + j]
                         sums[u.channels + k + j] += s2[r * t.lanes + j]
             else:
                 y = direct[real](job, &job.y, &t, ytile, &yrow)
-                for r in range(t.rows):
-                    for j in range(t.lanes):
-                        ztile[r * t.lanes + j] = ((x[r * row + j] * power[j] - mean[j]) * slope[j] if slope[j] != 0
-                                                  else <real> 0) + constant[j]
-                if job.mask.data != NULL:
-                    mask = load[real](job, &job.mask, &t, xtile, &i)
-                    for j in range(t.rows * t.lanes):
-                        ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
-                for r in range(t.rows):
-                    for j in range(t.lanes):
-                        y[r * yrow + j] = dy[r * dyrow + j] * first[j] * second[j] - ztile[r * t.lanes + j]
+                if job.mask.data == NULL and sloped:
+                    for r in range(t.rows):
+                        for j in range(t.lanes):
+                            y[r * yrow + j] = (dy[r * dyrow + j] * first[j] * second[j]
+                                               - ((x[r * row + j] * power[j] - mean[j]) * slope[j] + constant[j]))
+                else:
+                    for r in range(t.rows):
+                        for j in range(t.lanes):
+                            ztile[r * t.lanes + j] = ((x[r * row + j] * power[j] - mean[j]) * slope[j] if slope[j] != 0
+                                                      else <real> 0) + constant[j]
+                    if job.mask.data != NULL:
+                        mask = load[real](job, &job.mask, &t, xtile, &i)
+                        for j in range(t.rows * t.lanes):
+                            ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
+                    for r in range(t.rows):
+                        for j in range(t.lanes):
+                            y[r * yrow + j] = dy[r * dyrow + j] * first[j] * second[j] - ztile[r * t.lanes + j]
                 if y == ytile:
                     move[real](job, &job.y, &t, y, True)
                 if job.dresidual.data != NULL:

@@ -21,14 +21,16 @@ include "activation.pxi"
 
 cdef extern from "port.h" nogil:
     double gn_power_of_two(double)
-    void gn_prefetch(const void *)
+    void gn_prefetch(const char *, Py_ssize_t)
 
 cdef enum:
-    LANES = 64  # of a planar block: 4 to 16 vectors, so that additions overlap
-    ROWS = 32  # of a block: few enough for float32 sums to stay within 0.1 ulp, enough to hide the merge
-    TILE = ROWS * LANES
+    VECTOR = 16  # values that are worked on at once: one to four vectors
+    LANES = 64  # of a planar block
+    TILE = 2048  # values of a planar block: few enough for float32 sums to stay within 0.1 ulp, enough to hide the merge
+    ROWS = 32  # of an interleaved block: likewise
     WIDTH = 512  # lanes of an interleaved tile at most: its channels, or several positions of few channels
     AREA = 8192  # values of an interleaved tile at most, 32 KiB of float32
+    AHEAD = 4096  # values after those at work that channels-last walks fetch: 16 KiB of float32
     PIVOT_ROWS = 8  # averaged for a pivot: 0.4 standard deviations from the mean are as good as none
     SMALL = 512  # groups of fewer values have their moments computed in float64
     SHORT = 16  # channels of fewer positions are worked on many at a time

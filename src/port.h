@@ -86,11 +86,12 @@ static inline void gn_narrow_half(const float *f, uint16_t *h, ptrdiff_t n) {
 
 /* ---- memory ------------------------------------------------------------------------------------- */
 
+/* Ask for memory to be brought to the level 2 cache. */
+static inline void gn_prefetch(const char *from, ptrdiff_t bytes) {
 #if defined(__GNUC__)
-#define gn_prefetch(address) __builtin_prefetch(address)
-#else
-#define gn_prefetch(address) ((void)(address))
+    for (ptrdiff_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 #endif
+}
 
 /* memcpy whose stores bypass the caches: no line is read only to be overwritten.  gn_stream_end orders
    the stores before whatever the thread does next. */
