@@ -6,6 +6,7 @@ functions in plain NumPy, to read and to test against, in `gn_fast.reference`.
 
 from . import reference
 from ._core import (
+    clear_pool,
     get_num_threads,
     group_moments,
     group_norm,
@@ -20,6 +21,7 @@ from .moments import Moments
 
 __all__ = [
     "Moments",
+    "clear_pool",
     "get_num_threads",
     "group_moments",
     "group_norm",

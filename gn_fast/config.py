@@ -13,7 +13,7 @@ def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
 @overload
 def show_config(mode: Literal["dicts"]) -> dict[str, dict[str, Any]]: ...
 def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
-    """Tell the instruction set, the threads and the cache sizes in use.
+    """Tell the instruction set, the threads, the cache sizes and the kept memory.
 
     Parameters
     ----------
@@ -25,7 +25,8 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
     dict of dict or None
         With ``mode="dicts"``: ``versions``; ``isa`` (``used``, ``available``); ``threads`` (``used`` by
         the next large call, ``openmp``, its version as ``yyyymm`` or None if gn_fast was built without
-        it, and the ``processors`` that affinity and quota allow); ``caches`` (bytes).
+        it, and the ``processors`` that affinity and quota allow); ``caches`` (bytes);
+        ``pool`` (bytes: the ``limit`` of the memory that is ``kept`` for results, see `clear_pool`).
 
     Raises
     ------
@@ -36,7 +37,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
     --------
     >>> import gn_fast
     >>> sorted(gn_fast.show_config("dicts"))
-    ['caches', 'isa', 'threads', 'versions']
+    ['caches', 'isa', 'pool', 'threads', 'versions']
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode must be 'stdout' or 'dicts', not {mode!r}")

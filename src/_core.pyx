@@ -18,12 +18,10 @@ from libc.stdint cimport int64_t
 from kernel cimport *
 
 include "threads.pxi"
+include "pool.pxi"
 
 cdef extern from "threads.h" nogil:
     int gn_x86_64_level()
-
-cdef extern from "numpy/arrayobject.h":
-    object PyArray_NewLikeArray(cnp.ndarray prototype, cnp.NPY_ORDER order, PyObject *descr, int subok)
 
 cnp.import_array()
 
@@ -116,6 +114,7 @@ def _config():
         "isa": {"used": _isa, "available": list(isa_levels())},
         "threads": {"used": get_num_threads(), "openmp": GN_OPENMP or None, "processors": _processors()},
         "caches": {"level 2": L2_BYTES, "last level": LAST_LEVEL_BYTES},
+        "pool": {"limit": gn_pool_limit, "kept": gn_pool_kept()},
     }
 
 
@@ -604,7 +603,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
             a = apart(a, out)
             view(&job.x, a, call.axis)
     if y is None:
-        y = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
+        y = fresh_like(a)
     see_output(job, &job.y, y, call.axis)
     add_pass(&call, kernel.affine)
     run(&call.plan, job.x.itemsize, num_threads)
@@ -752,10 +751,10 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     if out is not None and cnp.PyArray_ISBEHAVED(out):
         dx = out
     else:
-        dx = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
+        dx = fresh_like(a)
     see_output(job, &job.y, dx, call.axis)
     if residual is not None:
-        dresidual = PyArray_NewLikeArray(a, cnp.NPY_KEEPORDER, NULL, 0)
+        dresidual = fresh_like(a)
         see_output(job, &job.dresidual, dresidual, call.axis)
     # Up to 64 blocks of samples, or each sample where a gradient is wanted for each, by shape only.
     each = any(value is not None and value.ndim == 2 for value in (w, b))

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PUBLIC = [name for name in gn_fast.__all__ if name != "reference"]
 FUNCTIONS = [name for name in PUBLIC if name != "Moments"]
-NOTHING_RETURNED = {"set_num_threads", "num_threads", "use_isa"}
+NOTHING_RETURNED = {"clear_pool", "set_num_threads", "num_threads", "use_isa"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

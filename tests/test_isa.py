@@ -119,13 +119,14 @@ def test_a_bad_variable_is_an_import_error_that_lists_the_levels(level):
 
 def test_config_as_dicts():
     config = gn_fast.show_config("dicts")
-    assert list(config) == ["versions", "isa", "threads", "caches"]
+    assert list(config) == ["versions", "isa", "threads", "caches", "pool"]
     assert config["versions"]["numpy"] == np.__version__
     assert config["isa"] == {"used": used(), "available": list(LEVELS)}
     threads = config["threads"]
     assert threads["used"] == gn_fast.get_num_threads() <= threads["processors"]
     assert threads["openmp"] is None or threads["openmp"] >= 200805  # version 3.0
     assert all(size > 0 for size in config["caches"].values())
+    assert 0 <= config["pool"]["kept"] <= config["pool"]["limit"]
 
 
 def test_config_as_text(capsys):
