@@ -13,6 +13,7 @@ from gn_fast.moments import Moments
 cimport numpy as cnp
 from cpython.ref cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport NAN
 from libc.stdint cimport int64_t
 
 from kernel cimport *
@@ -219,7 +220,7 @@ cdef Py_ssize_t integer(value, str name) except? -1:
     if type(value) is not int and (isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer, not {value!r}")
     try:
-        return value.__index__()
+        return value if type(value) is int else value.__index__()
     except TypeError:
         raise TypeError(f"{name} must be an integer, not {value!r}") from None
     except OverflowError:
@@ -276,7 +277,7 @@ cdef bint one_place_each(cnp.ndarray a):
 
 
 cdef int check_out(value, cnp.ndarray x) except -1:
-    if not cnp.PyArray_Check(value) or (type(value) is not np.ndarray and isinstance(value, np.ma.MaskedArray)):
+    if not cnp.PyArray_Check(value) or (not cnp.PyArray_CheckExact(value) and isinstance(value, np.ma.MaskedArray)):
         raise TypeError(f"out must be a numpy.ndarray, not {type(value).__name__}")
     cdef cnp.ndarray out = value
     if not cnp.PyArray_EquivTypenums(cnp.PyArray_TYPE(out), cnp.PyArray_TYPE(x)):
@@ -457,7 +458,11 @@ cdef checked_moments(Job *job, moments, out):
         raise TypeError(f"moments must be gn_fast.Moments, not {type(moments).__name__}")
     if moments.count.shape != (job.N, job.G):
         raise ValueError(f"moments must have shape ({job.N}, {job.G}), samples and groups, not {moments.count.shape}")
-    return Moments._trusted(*(apart(np.require(a, requirements="CA"), out) for a in (moments.count, moments.mean, moments.m2)))
+    given = moments.count, moments.mean, moments.m2
+    for a in given:
+        if not cnp.PyArray_ISCARRAY_RO(a) or (out is not None and shared(a, out)):
+            return Moments._trusted(*(apart(np.require(a, requirements="CA"), out) for a in given))
+    return moments
 
 
 cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, activation, mask, moments, out, num_threads):
@@ -589,7 +594,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), y = None
     if out is not None:
         check_out(out, a)
-    *alive, num_threads, statistics = read_options(
+    w, b, alive, num_threads, statistics = read_options(
         &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
     if statistics is None:
         add_pass(&call, kernel.moments)
@@ -617,7 +622,7 @@ cdef finished(x, cnp.ndarray y, out):
         if out is not y:
             out[...] = y
         return out
-    if type(x) is not np.ndarray and isinstance(x, np.ndarray):
+    if cnp.PyArray_Check(x) and not cnp.PyArray_CheckExact(x):
         return x.__array_wrap__(y)
     return y
 
@@ -658,7 +663,7 @@ def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
     """
     cdef Call call
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis)
-    *alive, num_threads, _ = read_options(&call, a, None, None, 0.0, None, None, mask, None, None, num_threads)
+    w, b, alive, num_threads, _ = read_options(&call, a, None, None, 0.0, None, None, mask, None, None, num_threads)
     statistics = empty_moments(&call.job)
     use_moments(&call.job, statistics)
     add_pass(&call, kernel.moments)
@@ -666,19 +671,29 @@ def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
     return statistics
 
 
-cdef summed(sums, value, Job *job):
+cdef summed(cnp.ndarray sums, cnp.ndarray value, Job *job):
     """A weight's or bias's gradient from its sums over blocks of samples, which are added up in order."""
-    cdef double[:, ::1] rows = sums
-    cdef Py_ssize_t n, c
+    cdef double *total = <double *> cnp.PyArray_DATA(sums)
+    cdef cnp.ndarray result
+    cdef Py_ssize_t n, c, size
     if value is None:
         return None
-    if value.ndim == 1:
-        for n in range(1, rows.shape[0]):
-            for c in range(rows.shape[1]):
-                rows[0, c] += rows[n, c]
-        sums = sums[0] if len(sums) else np.zeros(job.C)
-    with np.errstate(all="ignore"):  # beyond the largest float16 is infinity, as it is in dx
-        return sums.astype(value.dtype)
+    result = PyArray_NewLikeArray(value, cnp.NPY_CORDER, NULL, 0)
+    size = cnp.PyArray_SIZE(result)
+    if cnp.PyArray_NDIM(value) == 1:
+        for n in range(1, cnp.PyArray_DIM(sums, 0)):
+            for c in range(job.C):
+                total[c] += total[n * job.C + c]
+    for c in range(size):
+        if total[c] != total[c]:
+            total[c] = NAN  # one of them: the sign of a sum of NaNs is the compiler's choice
+    if storage_of(result) == FLOAT32:
+        for c in range(size):
+            (<float *> cnp.PyArray_DATA(result))[c] = <float> total[c]
+    else:
+        with np.errstate(all="ignore"):  # beyond the largest float16 is infinity, as it is in dx
+            (<object> result)[...] = sums[0] if cnp.PyArray_NDIM(value) == 1 else sums
+    return result
 
 
 def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None,
@@ -738,7 +753,7 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     """
     cdef Call call
     cdef Job *job = &call.job
-    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), g, dx = None, dresidual
+    cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), g, dx = None, dresidual, w, b
     if out is not None:
         check_out(out, a)
         if not same_places(a, out) and shared(a, out):
@@ -757,9 +772,9 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
         dresidual = fresh_like(a)
         see_output(job, &job.dresidual, dresidual, call.axis)
     # Up to 64 blocks of samples, or each sample where a gradient is wanted for each, by shape only.
-    each = any(value is not None and value.ndim == 2 for value in (w, b))
+    each = (w is not None and cnp.PyArray_NDIM(w) == 2) or (b is not None and cnp.PyArray_NDIM(b) == 2)
     job.block = 1 if each else max(1, (job.N + 63) // 64)
-    shape = ((job.N + job.block - 1) // job.block, job.C)
+    shape = (max(1, (job.N + job.block - 1) // job.block), job.C)
     dweight, dbias = np.zeros(shape), np.zeros(shape)
     job.dweight = <double *> cnp.PyArray_DATA(dweight)
     job.dbias = <double *> cnp.PyArray_DATA(dbias)

@@ -43,15 +43,13 @@ cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
     cdef value bbuffer[WIDTH]
     cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, wbuffer)
     cdef const value *bias = of_channels[value](&job.bias, n, c, channels, 0, bbuffer)
-    cdef real moved
+    cdef real each, moved
     cdef Py_ssize_t i
     for i in range(channels):
-        scale[i] = <real> (weight[i] * factor)
-    for i in range(channels):
-        moved = <real> rest * scale[i]
-        moved = moved if moved > -most else -most  # finite, so that an infinite weight makes no NaN
-        moved = moved if moved < most else most
-        shift[i] = <real> (bias[i] - moved)
+        each = <real> (weight[i] * factor)
+        scale[i] = each
+        moved = each if abs(each) < most else <real> 0  # an infinite weight makes no NaN of its own
+        shift[i] = <real> (bias[i] - <real> rest * moved)
 
 
 cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z,

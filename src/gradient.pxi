@@ -46,6 +46,11 @@ cdef inline void slope_of_dy(real scale, real power, real *first, real *second) 
         second[0] = power
 
 
+cdef inline real one_nan(real v) noexcept nogil:
+    """v, and one NaN for all: of two NaNs in a sum or product the compiler chooses which one's sign is kept."""
+    return v if v == v else <real> NAN
+
+
 cdef inline void pack(const real *x, Py_ssize_t row, const Span *t, real *tile) noexcept nogil:
     cdef Py_ssize_t r, j
     if x != tile:
@@ -73,33 +78,42 @@ cdef void add_sums(const Job *job, Py_ssize_t unit, double *into, const double *
         into[i] += other[i]
 
 
+cdef inline double dot(const double *v, const double *w, Py_ssize_t n) noexcept nogil:
+    cdef double product[WIDTH]
+    cdef Py_ssize_t i
+    for i in range(n):
+        product[i] = v[i] * w[i]
+    return total[double](product, n)
+
+
 cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) noexcept nogil:
     """From a unit's sums: its share of dweight and dbias, and the slopes of dx = dy' * scale * power
     - ((x * power - mean) * slopes[0] + slopes[1])."""
     cdef double weight[WIDTH]
-    cdef const double *w = weight
     cdef double *sums = scratch + sums_at(job)
     cdef double *slopes = scratch + slopes_at(job)
-    cdef double a, b, product, rstd
-    cdef Py_ssize_t g, c, i, j, channels
+    cdef double *dbias
+    cdef double *dweight
+    cdef const double *w
+    cdef double a, b, rstd
+    cdef Py_ssize_t g, c, i, k, channels
     cdef Unit u = unit_of(job, unit)
-    cdef Py_ssize_t row = u.n // job.block * job.C
     cdef Standard z
     for g in range(u.groups):
         standardize[real](scratch, u.groups, g, job.eps, &z, 0)
         rstd = z.factor * z.power
         a = b = 0
-        for c in range(g * job.K, (g + 1) * job.K):
-            i = (c - g * job.K) % WIDTH
-            if i == 0:
-                channels = min(WIDTH, (g + 1) * job.K - c)
-                w = of_channels[double](&job.weight, u.n, u.c + c, channels, 1, weight)
-            product = rstd * sums[u.channels + c]
-            a += w[i] * sums[c]
-            b += w[i] * product
-            j = row + u.c + c
-            job.dbias[j] += sums[c]
-            job.dweight[j] += product
+        for k in range((job.K + WIDTH - 1) // WIDTH):
+            c = g * job.K + k * WIDTH
+            channels = min(WIDTH, job.K - k * WIDTH)
+            w = of_channels[double](&job.weight, u.n, u.c + c, channels, 1, weight)
+            dbias = job.dbias + u.n // job.block * job.C + u.c + c
+            dweight = job.dweight + u.n // job.block * job.C + u.c + c
+            for i in range(channels):
+                dbias[i] += sums[c + i]
+                dweight[i] += rstd * sums[u.channels + c + i]
+            a += dot(w, sums + c, channels)
+            b += rstd * dot(w, sums + u.channels + c, channels)
         if scratch[COUNT * u.groups + g] > 0:
             a /= scratch[COUNT * u.groups + g]
             b /= scratch[COUNT * u.groups + g]
@@ -154,6 +168,8 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
         if job.activation != IDENTITY:
             planar_tile[real](job, &t, x, ztile, power, mean, scale + (k - w.first), shift + (k - w.first))
         dy = before_activation[real](job, &t, ztile, dytile, &row)
+        if summing and row == t.lanes:  # the second stream of memory: without it the sums wait for it, by up to a fifth
+            gn_prefetch(<const char *> (dy + t.lanes), t.lanes * sizeof(real))
         if summing and job.S == 1:
             for j in range(t.lanes):
                 sums[k + j] += dy[j]
@@ -167,7 +183,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 k += 1
         else:
             y = direct[real](job, &job.y, &t, ytile, &row)
-            sloped = job.mask.data == NULL and slope != 0
+            sloped = job.mask.data == NULL and slope != 0 and slope == slope
             if not sloped:
                 for j in range(t.lanes):  # where nothing counts there is no slope, not even of NaN
                     ztile[j] = ((x[j] * power - mean) * slope if slope != 0 else <real> 0) + constant
@@ -183,7 +199,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                     each = each_scale
                 for j in range(t.lanes):
                     slope_of_dy[real](each[j], power, &a, &b)
-                    y[j] = dy[j] * a * b - (((x[j] * power - mean) * slope + constant) if sloped else ztile[j])
+                    y[j] = one_nan[real](dy[j] * a * b - (((x[j] * power - mean) * slope + constant) if sloped else ztile[j]))
             i = 0 if job.S >= SHORT else t.lanes
             while i < t.lanes:
                 run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
@@ -193,7 +209,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                         y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
                 else:
                     for j in range(i, run):
-                        y[j] = dy[j] * a * b - ztile[j]
+                        y[j] = one_nan[real](dy[j] * a * b - ztile[j])
                 i = run
                 k += 1
             if y == ytile:
@@ -286,7 +302,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
             if not summing:
                 slope_of_dy[real](scale[j], power[j], &first[j], &second[j])
                 slope[j] = <real> slopes[2 * g]
-                sloped &= slope[j] != 0
+                sloped &= slope[j] != 0 and slope[j] == slope[j]
                 constant[j] = <real> slopes[2 * g + 1]
         t.s = chunk * job.chunk
         while t.s < stop:
@@ -329,7 +345,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
                             ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
                     for r in range(t.rows):
                         for j in range(t.lanes):
-                            y[r * yrow + j] = dy[r * dyrow + j] * first[j] * second[j] - ztile[r * t.lanes + j]
+                            y[r * yrow + j] = one_nan[real](dy[r * dyrow + j] * first[j] * second[j] - ztile[r * t.lanes + j])
                 if y == ytile:
                     move[real](job, &job.y, &t, y, True)
                 if job.dresidual.data != NULL:

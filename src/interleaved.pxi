@@ -64,9 +64,9 @@ cdef inline void accumulate_rows(const real *x, Py_ssize_t row, Py_ssize_t rows,
 
 
 cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_ssize_t rows, Py_ssize_t lanes,
-                            real *copy, const double *so_far, real *size, double *moments, Py_ssize_t n) noexcept nogil:
+                            real *copy, real *size, double *moments, Py_ssize_t n) noexcept nogil:
     """The moments of the first `lanes` of n sets, one a lane; where the mask is 0 values do not count. The pivot is the
-    lane's mean so far."""
+    lane's mean in the block before, whose moments are overwritten."""
     cdef real p[WIDTH]
     cdef real s1[WIDTH]
     cdef real s2[WIDTH]
@@ -84,9 +84,9 @@ cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_
         power[j] = 1
         s1[j] = 0
         s2[j] = 0
-    if mask == NULL and so_far[COUNT * n] > 0:
+    if mask == NULL and moments[COUNT * n] > 0:
         for j in range(lanes):
-            p[j] = <real> (so_far[PIVOT * n + j] + so_far[SHIFT * n + j])
+            p[j] = <real> (moments[PIVOT * n + j] + moments[SHIFT * n + j])
     elif mask == NULL:
         lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p, size)
     else:
@@ -178,6 +178,7 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
         width = strip(job, c, u.c + u.channels)
         n = widest(width)
         memset(lane, 0, 4 * n * sizeof(double))
+        memset(block, 0, 4 * n * sizeof(double))
         t.c = c
         t.s = chunk * job.chunk
         t.lanes = width
@@ -190,9 +191,9 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
                 row = width
             if job.mask.data != NULL:
                 mask = load[real](job, &job.mask, &t, mtile, &j)
-            if fold * width < n:
-                memset(block, 0, 4 * n * sizeof(double))
-            interleaved_block[real](x, row * fold, mask, t.rows // fold, fold * width, copy, lane, size, block, n)
+            interleaved_block[real](x, row * fold, mask, t.rows // fold, fold * width, copy, size, block, n)
+            for i in range(fold * width, n):
+                block[COUNT * n + i] = block[M2 * n + i] = 0
             if mask == NULL and fold * width == n:
                 merge_alike(lane, block, n)
             else:

@@ -9,7 +9,7 @@
 # All are cut by position alone, so neither threads nor strides nor instruction sets can change a bit.
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport sqrt
+from libc.math cimport NAN, sqrt
 from libc.string cimport memset
 
 ctypedef fused real:  # the compute types

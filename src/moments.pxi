@@ -74,16 +74,26 @@ cdef inline void accumulate(const real *x, Py_ssize_t n, real p, double *sum1, d
 cdef inline void lane_means(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes, real *mean, real *size) noexcept nogil:
     """The means of x and of |x| down each lane."""
     cdef real share = <real> 1 / <real> rows  # multiplied first: the sum could overflow
-    cdef real v
+    cdef real v0, v1, v2, v3
     cdef Py_ssize_t r, j
     for j in range(lanes):
         mean[j] = 0
         size[j] = 0
-    for r in range(rows):
+    for r in range(rows // 4):
         for j in range(lanes):
-            v = x[r * row + j] * share
-            mean[j] += v
-            size[j] += v if v > 0 else -v
+            v0 = x[j] * share
+            v1 = x[row + j] * share
+            v2 = x[2 * row + j] * share
+            v3 = x[3 * row + j] * share
+            mean[j] += (v0 + v1) + (v2 + v3)
+            size[j] += (abs(v0) + abs(v1)) + (abs(v2) + abs(v3))
+        x += 4 * row
+    for r in range(rows % 4):
+        for j in range(lanes):
+            v0 = x[j] * share
+            mean[j] += v0
+            size[j] += abs(v0)
+        x += row
 
 
 cdef inline real on_grid(real p, real size) noexcept nogil:
@@ -104,7 +114,9 @@ cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
             part[j] += v[i + j]
     for j in range(n & ~7, n):
         part[j & 7] += v[j]
-    return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]))
+    for j in range(4):
+        part[j] += part[j + 4]
+    return (part[0] + part[2]) + (part[1] + part[3])
 
 
 cdef inline double tile_total(const real *v, Py_ssize_t n) noexcept nogil:
@@ -273,7 +285,9 @@ cdef void small_moments(const Job *job, Py_ssize_t unit, double *found) noexcept
         if job.mask.data != NULL:
             move[double](job, &job.mask, &t, mtile, False)
             mask = mtile
-        pivot = planar_pivot[double](xtile, mask, t.lanes, copy, &size)
+        pivot = xtile[0]  # within sqrt(SMALL) standard deviations of the mean, unless float32 is too short for that
+        if mask != NULL or job.x.storage == FLOAT64:
+            pivot = planar_pivot[double](xtile, mask, t.lanes, copy, &size)
         planar_block[double](xtile, mask, t.lanes, pivot, copy, block, job.x.storage == FLOAT64)
         for field in range(4):
             found[field * u.groups + g] = block[field]

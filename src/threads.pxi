@@ -6,7 +6,7 @@ import contextvars
 import os
 import warnings
 
-from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cython.parallel cimport prange
 from libc.string cimport memset
 
@@ -147,37 +147,57 @@ cdef struct Plan:
     Pass passes[MAX_PASSES]
     int count
     int threads
-    double *scratch  # what is found of a unit: for each thread twice, or for each chunk
+    double *scratch  # what is found of a unit: for each thread those of a batch and one more, or for each chunk
     Py_ssize_t size  # of each
+    Py_ssize_t batch  # units that a thread brings to the end of a pass before it begins the next
 
 
 cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
-    """A thread's share of the units, each from its moments to its output while it is in the thread's cache."""
+    """A thread's share of the units: some strips of some blocks of samples."""
     cdef const Job *job = plan.job
-    cdef Py_ssize_t strips = job.units // job.N, items = (job.N + job.block - 1) // job.block * strips, item, n
-    for item in range(thread * items // plan.threads, (thread + 1) * items // plan.threads):
-        for n in range(item // strips * job.block, min(item // strips * job.block + job.block, job.N)):
-            work_on_unit(plan, n * strips + item % strips, plan.scratch + 2 * thread * plan.size)
+    cdef Py_ssize_t strips = job.units // job.N, items = (job.N + job.block - 1) // job.block * strips, block, n, stop
+    cdef Py_ssize_t first = thread * items // plan.threads, last = (thread + 1) * items // plan.threads, begin, end
+    for block in range(first // strips, (last + strips - 1) // strips):
+        begin = max(first - block * strips, 0)
+        end = min(last - block * strips, strips)
+        n = block * job.block
+        stop = min(n + job.block, job.N)
+        if end - begin == strips:
+            work_on_units(plan, n * strips, stop * strips, thread)
+        else:
+            for n in range(n, stop):
+                work_on_units(plan, n * strips + begin, n * strips + end, thread)
     gn_stream_end()
 
 
-cdef void work_on_unit(const Plan *plan, Py_ssize_t unit, double *known) noexcept nogil:
-    cdef double *found = known + plan.size
-    cdef Py_ssize_t k
+cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int thread) noexcept nogil:
+    """Units that follow one another, each from its moments to its output while it is in the thread's cache. Small ones
+    go through each pass together, as memory is read faster in long runs."""
+    cdef double *known = plan.scratch + thread * (plan.batch + 1) * plan.size
+    cdef Py_ssize_t last, unit
     cdef int i
-    memset(known, 0, plan.size * sizeof(double))
-    for i in range(plan.count):
-        if plan.passes[i].merge != NULL:
-            plan.passes[i].stage(plan.job, unit, 0, known, known)
-            for k in range(1, plan.job.chunks):
-                memset(found, 0, plan.size * sizeof(double))
-                plan.passes[i].stage(plan.job, unit, k, known, found)
-                plan.passes[i].merge(plan.job, unit, known, found)
-        elif plan.passes[i].stage != NULL:
-            for k in range(plan.job.chunks - 1, -1, -1):
-                plan.passes[i].stage(plan.job, unit, k, known, NULL)
-        if plan.passes[i].settle != NULL:
-            plan.passes[i].settle(plan.job, unit, known)
+    while first < stop:
+        last = min(first + plan.batch, stop)
+        memset(known, 0, (last - first) * plan.size * sizeof(double))
+        for i in range(plan.count):
+            for unit in range(first, last):
+                work_on_unit(plan, &plan.passes[i], unit, known + (unit - first) * plan.size, known + plan.batch * plan.size)
+        first = last
+
+
+cdef void work_on_unit(const Plan *plan, const Pass *p, Py_ssize_t unit, double *known, double *found) noexcept nogil:
+    cdef Py_ssize_t k
+    if p.merge != NULL:
+        p.stage(plan.job, unit, 0, known, known)
+        for k in range(1, plan.job.chunks):
+            memset(found, 0, plan.size * sizeof(double))
+            p.stage(plan.job, unit, k, known, found)
+            p.merge(plan.job, unit, known, found)
+    elif p.stage != NULL:
+        for k in range(plan.job.chunks - 1, -1, -1):
+            p.stage(plan.job, unit, k, known, NULL)
+    if p.settle != NULL:
+        p.settle(plan.job, unit, known)
 
 
 cdef void work_together(const Plan *plan) noexcept nogil:
@@ -225,7 +245,9 @@ cdef int run(Plan *plan, Py_ssize_t itemsize, wanted_threads) except -1:
         job.units // job.block < plan.threads
         or L2_BYTES < unit_bytes <= L2_BYTES * plan.threads
         or LAST_LEVEL_BYTES // plan.threads < unit_bytes <= LAST_LEVEL_BYTES)
-    plan.scratch = <double *> PyMem_RawCalloc((job.chunks if together else 2 * plan.threads) * plan.size, sizeof(double))
+    plan.batch = min(job.units, max(1, L2_BYTES // 4 // (unit_bytes + plan.size * <Py_ssize_t> sizeof(double))))
+    plan.scratch = <double *> PyMem_RawMalloc(
+        (job.chunks if together else plan.threads * (plan.batch + 1)) * plan.size * sizeof(double))
     if plan.scratch == NULL:
         raise MemoryError("no memory for what is found of a unit of work")
     with nogil:
