@@ -215,7 +215,7 @@ cdef inline real mish(real z) noexcept nogil:
     cdef real c, e, n, one = unity(z)
     e = exp_mish(z, &c)
     n = e * e + e * (one + one)
-    return z if z > c else c * n / (n + (one + one) * one)
+    return c * n / (n + (one + one) * one) if z <= c else z  # NaN stays
 
 
 cdef inline real mish_slope(real z) noexcept nogil:
@@ -223,7 +223,7 @@ cdef inline real mish_slope(real z) noexcept nogil:
     cdef real c, e, d
     e = exp_mish(z, &c) / unity(z)
     d = e * e + (e + e) + <real>2
-    return e * (((e + <real>4) * e + (<real>4 * c + <real>6)) * e + <real>4 * (c + <real>1)) / (d * d)
+    return z if z != z else e * (((e + <real>4) * e + (<real>4 * c + <real>6)) * e + <real>4 * (c + <real>1)) / (d * d)
 
 
 cdef void activate(int kind, real *y, Py_ssize_t n) noexcept nogil:

@@ -133,6 +133,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real dytile[TILE]
     cdef real ytile[TILE]
     cdef real ztile[TILE]
+    cdef uint8_t mtile[TILE]
     cdef real scale[WIDTH]
     cdef real shift[WIDTH]
     cdef real each_scale[WIDTH]
@@ -142,7 +143,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef bint sloped
     cdef const real *x
     cdef const real *dy
-    cdef const real *mask
+    cdef const uint8_t *mask
     cdef const real *each
     cdef real *y
     cdef Unit u = unit_of(job, unit)
@@ -188,7 +189,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 for j in range(t.lanes):  # where nothing counts there is no slope, not even of NaN
                     ztile[j] = ((x[j] * power - mean) * slope if slope != 0 else <real> 0) + constant
             if job.mask.data != NULL:
-                mask = load[real](job, &job.mask, &t, xtile, &row)
+                mask = load_mask(job, t, t.lanes, mtile)
                 for j in range(t.lanes):
                     ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
             k -= w.first
@@ -266,6 +267,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef real dytile[AREA]
     cdef real ytile[AREA]
     cdef real ztile[AREA]
+    cdef uint8_t mtile[ROWS * WIDTH]
     cdef real power[WIDTH]
     cdef real mean[WIDTH]
     cdef real scale[WIDTH]
@@ -283,7 +285,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef const double *slopes = known + slopes_at(job)
     cdef const real *x
     cdef const real *dy
-    cdef const real *mask
+    cdef const uint8_t *mask
     cdef real *y
     cdef Unit u = unit_of(job, unit)
     cdef Span t
@@ -340,9 +342,10 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
                             ztile[r * t.lanes + j] = ((x[r * row + j] * power[j] - mean[j]) * slope[j] if slope[j] != 0
                                                       else <real> 0) + constant[j]
                     if job.mask.data != NULL:
-                        mask = load[real](job, &job.mask, &t, xtile, &i)
-                        for j in range(t.rows * t.lanes):
-                            ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
+                        mask = load_mask(job, t, t.rows, mtile)
+                        for r in range(t.rows):
+                            if mask[r] == 0:
+                                memset(ztile + r * t.lanes, 0, t.lanes * sizeof(real))
                     for r in range(t.rows):
                         for j in range(t.lanes):
                             y[r * yrow + j] = one_nan[real](dy[r * dyrow + j] * first[j] * second[j] - ztile[r * t.lanes + j])

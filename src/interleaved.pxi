@@ -63,55 +63,27 @@ cdef inline void accumulate_rows(const real *x, Py_ssize_t row, Py_ssize_t rows,
         x += row
 
 
-cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_ssize_t rows, Py_ssize_t lanes,
+cdef void interleaved_block(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes,
                             real *copy, real *size, double *moments, Py_ssize_t n) noexcept nogil:
-    """The moments of the first `lanes` of n sets, one a lane; where the mask is 0 values do not count. The pivot is the
-    lane's mean in the block before, whose moments are overwritten."""
+    """The moments of the first `lanes` of n sets, one a lane. The pivot is the lane's mean in the block before, whose
+    moments are overwritten."""
     cdef real p[WIDTH]
     cdef real s1[WIDTH]
     cdef real s2[WIDTH]
-    cdef real count[WIDTH]
     cdef real power[WIDTH]
-    cdef double share[WIDTH]
-    cdef real v
-    cdef double mean
+    cdef double mean, share = 1.0 / rows
     cdef Py_ssize_t r, j
     cdef bint again = False
-    mean = 1.0 / rows
+    if moments[COUNT * n + lanes - 1] > 0:
+        for j in range(lanes):
+            p[j] = <real> (moments[PIVOT * n + j] + moments[SHIFT * n + j])
+    else:
+        lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p, size)
     for j in range(lanes):
-        count[j] = <real> rows
-        share[j] = mean
+        p[j] = on_grid[real](p[j], size[j])
         power[j] = 1
         s1[j] = 0
         s2[j] = 0
-    if mask == NULL and moments[COUNT * n] > 0:
-        for j in range(lanes):
-            p[j] = <real> (moments[PIVOT * n + j] + moments[SHIFT * n + j])
-    elif mask == NULL:
-        lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p, size)
-    else:
-        for j in range(lanes):
-            count[j] = 0
-            p[j] = 0
-            size[j] = 0
-        for r in range(rows):
-            for j in range(lanes):
-                count[j] += mask[r * lanes + j]
-        for r in range(rows):
-            for j in range(lanes):
-                v = x[r * row + j] / count[j] if mask[r * lanes + j] != 0 else <real> 0
-                p[j] += v
-                size[j] += max(v, -v)
-        for j in range(lanes):
-            share[j] = 1.0 / (count[j] if count[j] > 0 else <real> 1)
-    for j in range(lanes):
-        p[j] = on_grid[real](p[j], size[j])
-    if mask != NULL:
-        for r in range(rows):
-            for j in range(lanes):
-                copy[r * lanes + j] = x[r * row + j] if mask[r * lanes + j] != 0 else p[j]
-        x = copy
-        row = lanes
     accumulate_rows[real](x, row, rows, lanes, p, s1, s2)
     for j in range(lanes):
         again |= lossy(s2[j])
@@ -130,11 +102,23 @@ cdef void interleaved_block(const real *x, Py_ssize_t row, const real *mask, Py_
                 copy[r * lanes + j] = x[r * row + j] / power[j]
         accumulate_rows[real](copy, lanes, rows, lanes, p, s1, s2)
     for j in range(lanes):
-        mean = s1[j] * share[j]
-        moments[COUNT * n + j] = count[j]
+        mean = s1[j] * share
+        moments[COUNT * n + j] = rows
         moments[PIVOT * n + j] = <double> p[j] * power[j]
         moments[SHIFT * n + j] = mean * power[j]
         moments[M2 * n + j] = (s2[j] - s1[j] * mean) * power[j] * power[j]
+
+
+cdef inline Py_ssize_t pack_counted(const real *x, Py_ssize_t row, const uint8_t *mask, Py_ssize_t rows, Py_ssize_t lanes,
+                                    real *tile) noexcept nogil:
+    """Bring the rows that count together, and return how many they are."""
+    cdef Py_ssize_t r, j, count = 0
+    for r in range(rows):
+        if mask == NULL or mask[r] != 0:
+            for j in range(lanes):
+                tile[count * lanes + j] = x[r * row + j]
+            count += 1
+    return count
 
 
 cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ssize_t channels, double *one) noexcept nogil:
@@ -160,7 +144,7 @@ cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ss
 
 cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
     cdef real xtile[AREA]
-    cdef real mtile[AREA]
+    cdef uint8_t mtile[AREA]
     cdef real copy[AREA]
     cdef real size[WIDTH]
     cdef double lane[4 * WIDTH]
@@ -168,9 +152,9 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
     cdef double one[4]
     cdef double group[4]
     cdef Unit u = unit_of(job, unit)
-    cdef Py_ssize_t c = u.c, stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, j, i, run, g, field
+    cdef Py_ssize_t c = u.c, stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, rows, left, i, run, g, field
     cdef const real *x
-    cdef const real *mask = NULL
+    cdef const uint8_t *mask
     cdef Span t
     t.n = u.n
     t.planar = False
@@ -185,19 +169,24 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
         while t.s < stop:
             t.rows = next_rows(stop - t.s, width, AREA, &fold)
             x = load[real](job, &job.x, &t, xtile, &row)
-            if fold > 1 and row != width:
-                move[real](job, &job.x, &t, xtile, False)
+            mask = load_mask(job, t, t.rows, mtile)
+            left = t.rows
+            if mask != NULL or (fold > 1 and row != width):
+                left = pack_counted[real](x, row, mask, t.rows, width, xtile)
                 x = xtile
                 row = width
-            if job.mask.data != NULL:
-                mask = load[real](job, &job.mask, &t, mtile, &j)
-            interleaved_block[real](x, row * fold, mask, t.rows // fold, fold * width, copy, size, block, n)
-            for i in range(fold * width, n):
-                block[COUNT * n + i] = block[M2 * n + i] = 0
-            if mask == NULL and fold * width == n:
-                merge_alike(lane, block, n)
-            else:
-                merge(lane, block, n)
+            while left > 0:
+                fold = min(n // width, left)
+                rows = left // fold
+                interleaved_block[real](x, row * fold, rows, fold * width, copy, size, block, n)
+                for i in range(fold * width, n):
+                    block[COUNT * n + i] = block[M2 * n + i] = 0
+                if mask == NULL and fold * width == n:
+                    merge_alike(lane, block, n)
+                else:
+                    merge(lane, block, n)
+                x += rows * fold * row
+                left -= rows * fold
             t.s += t.rows
         i = 0
         while i < width:

@@ -104,7 +104,7 @@ cdef inline real on_grid(real p, real size) noexcept nogil:
 
 
 cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
-    """The sum of up to LANES values."""
+    """The sum of some values, in eight lanes."""
     cdef double part[8]
     cdef Py_ssize_t i, j
     for j in range(8):
@@ -117,21 +117,6 @@ cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
     for j in range(4):
         part[j] += part[j + 4]
     return (part[0] + part[2]) + (part[1] + part[3])
-
-
-cdef inline double tile_total(const real *v, Py_ssize_t n) noexcept nogil:
-    """The sum of a tile: exact for a mask, good enough for a pivot."""
-    cdef real lane[LANES]
-    cdef Py_ssize_t i, j
-    for j in range(LANES):
-        lane[j] = v[j] if j < n else <real> 0
-    for i in range(1, n // LANES):
-        for j in range(LANES):
-            lane[j] += v[i * LANES + j]
-    if n > LANES:
-        for j in range(n % LANES):
-            lane[j] += v[n - n % LANES + j]
-    return total[real](lane, LANES)
 
 
 cdef inline void add_about(double x, double pivot, double *sum, double *error) noexcept nogil:
@@ -178,7 +163,17 @@ cdef inline double power_near(double v) noexcept nogil:
     return min(max(gn_power_of_two(v), 2.0 ** -126), 2.0 ** 126)
 
 
-cdef inline real planar_pivot(const real *x, const real *mask, Py_ssize_t n, real *copy, real *size) noexcept nogil:
+cdef inline Py_ssize_t select(const real *x, const uint8_t *mask, Py_ssize_t n, real other, real *copy) noexcept nogil:
+    """Copy the values that count, and another for those that don't; return how many do."""
+    cdef int count = 0
+    cdef Py_ssize_t j
+    for j in range(n):
+        copy[j] = x[j] if mask[j] != 0 else other
+        count += mask[j] != 0
+    return count
+
+
+cdef inline real planar_pivot(const real *x, const uint8_t *mask, Py_ssize_t n, real *copy, real *size) noexcept nogil:
     """About the mean of a tile: of its first values or, with a mask, of those that count. Also the mean of |x|."""
     cdef real mean[LANES]
     cdef Py_ssize_t lanes = min(n, LANES), j
@@ -188,25 +183,21 @@ cdef inline real planar_pivot(const real *x, const real *mask, Py_ssize_t n, rea
         lane_means[real](x, lanes, min(n // lanes, PIVOT_ROWS), lanes, mean, copy)
         size[0] = <real> (total[real](copy, lanes) / lanes)
         return on_grid[real](<real> (total[real](mean, lanes) / lanes), size[0])
-    count = max(tile_total[real](mask, n), 1.0)
+    count = max(select[real](x, mask, n, 0, copy), 1)
+    pivot = <real> (total[real](copy, n) / count)
     for j in range(n):
-        copy[j] = x[j] if mask[j] != 0 else <real> 0
-    pivot = <real> (tile_total[real](copy, n) / count)
-    for j in range(n):
-        copy[j] = max(copy[j], -copy[j])
-    size[0] = <real> (tile_total[real](copy, n) / count)
+        copy[j] = abs(copy[j])
+    size[0] = <real> (total[real](copy, n) / count)
     return on_grid[real](pivot, size[0])
 
 
-cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real pivot, real *copy, double *moments, bint exact) noexcept nogil:
+cdef void planar_block(const real *x, const uint8_t *mask, Py_ssize_t n, real pivot, real *copy, double *moments, bint exact) noexcept nogil:
     """The moments of n <= TILE values of one group; where the mask is 0 they do not count."""
     cdef Py_ssize_t j
     cdef double count = n, sum1 = 0, sum2 = 0
     cdef real power = 1, big = 0
     if mask != NULL:
-        count = tile_total[real](mask, n)
-        for j in range(n):
-            copy[j] = x[j] if mask[j] != 0 else pivot
+        count = select[real](x, mask, n, pivot, copy)
         x = copy
     while True:
         accumulate[real](x, n, pivot, &sum1, &sum2)
@@ -232,13 +223,13 @@ cdef void planar_block(const real *x, const real *mask, Py_ssize_t n, real pivot
 
 cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
     cdef real xtile[TILE]
-    cdef real mtile[TILE]
+    cdef uint8_t mtile[TILE]
     cdef real copy[TILE]
     cdef double block[4]
     cdef Py_ssize_t pos, stop, row
     cdef real pivot = 0, next_pivot = 0, size = 0
     cdef const real *x
-    cdef const real *mask = NULL
+    cdef const uint8_t *mask
     cdef Unit u = unit_of(job, unit)
     cdef Span t
     bounds(job, chunk, &pos, &stop)
@@ -250,8 +241,7 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
         t.s = pos % job.S
         t.lanes = min(stop - pos, TILE)
         x = load[real](job, &job.x, &t, xtile, &row)
-        if job.mask.data != NULL:
-            mask = load[real](job, &job.mask, &t, mtile, &row)
+        mask = load_mask(job, t, t.lanes, mtile)
         if found[COUNT] == 0:  # so far nothing was seen, or all of it masked
             pivot = next_pivot = planar_pivot[real](x, mask, t.lanes, copy, &size)
         planar_block[real](x, mask, t.lanes, pivot, copy, block, False)
@@ -266,11 +256,11 @@ cdef void small_moments(const Job *job, Py_ssize_t unit, double *found) noexcept
     """The moments of groups of fewer than SMALL values, in either layout, in float64: so few float32 roundings do not
     average out."""
     cdef double xtile[SMALL]
-    cdef double mtile[SMALL]
+    cdef uint8_t mtile[SMALL]
     cdef double copy[SMALL]
     cdef double block[4]
     cdef double pivot, size = 0
-    cdef const double *mask = NULL
+    cdef const uint8_t *mask
     cdef Unit u = unit_of(job, unit)
     cdef Py_ssize_t g, field
     cdef Span t
@@ -282,9 +272,7 @@ cdef void small_moments(const Job *job, Py_ssize_t unit, double *found) noexcept
     for g in range(u.groups):
         t.c = u.c + g * job.K
         move[double](job, &job.x, &t, xtile, False)
-        if job.mask.data != NULL:
-            move[double](job, &job.mask, &t, mtile, False)
-            mask = mtile
+        mask = load_mask(job, t, t.lanes, mtile)
         pivot = xtile[0]  # within sqrt(SMALL) standard deviations of the mean, unless float32 is too short for that
         if mask != NULL or job.x.storage == FLOAT64:
             pivot = planar_pivot[double](xtile, mask, t.lanes, copy, &size)

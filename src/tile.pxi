@@ -33,9 +33,6 @@ cdef void widen(Storage storage, const void *memory, real *tile, Py_ssize_t n) n
     elif storage == BFLOAT16:
         for j in range(n):
             tile[j] = gn_from_bfloat((<const uint16_t *> memory)[j])
-    elif storage == BOOL:
-        for j in range(n):
-            tile[j] = (<const uint8_t *> memory)[j] != 0
     elif real is float:
         gn_widen_half(<const uint16_t *> memory, tile, n)
     else:
@@ -160,20 +157,50 @@ cdef void move(const Job *job, const View *v, const Span *t, real *tile, bint st
             c += 1
 
 
+cdef inline bint in_one_run(const Job *job, const View *v, const Span *t) noexcept nogil:
+    """Whether a planar span's values follow one another in memory."""
+    cdef Py_ssize_t inner = v.shape[v.ndim - 1]
+    if v.stride[v.ndim - 1] != v.itemsize:
+        return False
+    return t.s % inner + t.lanes <= inner or (v.ndim == 1 and v.channel_stride == job.S * v.itemsize)
+
+
+cdef inline const uint8_t *load_mask(const Job *job, Span t, Py_ssize_t positions, uint8_t *buffer) noexcept nogil:
+    """The mask of a planar span, or of so many positions of another; NULL if there is no mask."""
+    cdef const View *v = &job.mask
+    cdef Py_ssize_t done = 0, inner, run
+    if v.data == NULL:
+        return NULL
+    inner = v.shape[v.ndim - 1]
+    t.lanes = positions
+    if in_one_run(job, v, &t):
+        return <const uint8_t *> address(v, t.n, t.c, t.s)
+    while done < positions:
+        run = min(positions - done, inner - t.s % inner)
+        if v.stride[v.ndim - 1] == 1:
+            memcpy(buffer + done, address(v, t.n, t.c, t.s), run)
+        else:
+            gather(address(v, t.n, t.c, t.s), v.stride[v.ndim - 1], 1, buffer + done, run)
+        done += run
+        t.s += run
+        if t.s == job.S:
+            t.s = 0
+            t.c += 1
+    return buffer
+
+
 cdef inline real *direct(const Job *job, const View *v, const Span *t, real *buffer, Py_ssize_t *row) noexcept nogil:
     """Where to work on a span, and the distance of its rows: where it lies if it needs no conversion, else the buffer."""
-    cdef Py_ssize_t inner = v.shape[v.ndim - 1]
     row[0] = t.lanes
     if v.storage < FLOAT32 or v.itemsize != sizeof(real) or v.buffered:
         return buffer
-    if not t.planar:
+    if t.planar:
+        if not in_one_run(job, v, t):
+            return buffer
+    else:
         if v.channel_stride != v.itemsize or v.ndim > 1 or v.stride[0] % v.itemsize:
             return buffer
         row[0] = v.stride[0] // v.itemsize
-    elif v.stride[v.ndim - 1] != v.itemsize:
-        return buffer
-    elif t.s % inner + t.lanes > inner and (v.ndim > 1 or v.channel_stride != job.S * v.itemsize):
-        return buffer
     return <real *> address(v, t.n, t.c, t.s)
 
 
