@@ -347,12 +347,8 @@ cdef int plan_walk(Job *job, bint channels_last) except -1:
     cdef Py_ssize_t channels, across = abs(v.channel_stride), along = abs(v.stride[v.ndim - 1])
     job.interleaved = job.S > 1 and job.C > 1 and (across < along if across and along else channels_last)
     if job.interleaved:
-        # A sample of up to 16 MiB of float32, which may stay in a last level cache between its sweeps, is swept in
-        # whole rows; a larger one in strips of at least 64 channels.
         job.unit_groups = job.G
-        if job.C * job.S > 1 << 22:
-            job.unit_groups = min(job.G, (64 + job.K - 1) // job.K)
-        job.units = job.N * ((job.G + job.unit_groups - 1) // job.unit_groups)
+        job.units = job.N
         job.chunk = max(CHUNK // job.C, (job.S + MAX_CHUNKS - 1) // MAX_CHUNKS)
         job.chunk = (job.chunk + 511) // 512 * 512
         job.chunks = (job.S + job.chunk - 1) // job.chunk

@@ -28,7 +28,7 @@ cdef enum:  # Welford's state of n sets is double[4 * n], field by field; the me
 cdef struct Job:  # everything a kernel needs to know of one call
     Py_ssize_t N, C, G, K, S  # samples, channels, groups, channels of a group, positions of a channel
     bint interleaved  # the walk: channels-last (position by position) or planar (channel by channel)
-    Py_ssize_t unit_groups, units  # a unit of work is some groups of a sample: one if planar, else all or a strip
+    Py_ssize_t unit_groups, units  # a unit of work is some groups of a sample: one if planar, else all
     Py_ssize_t chunks  # of a unit
     Py_ssize_t chunk  # interleaved: positions. Planar: values, of whole channels or of one of its pieces
     Py_ssize_t pieces
@@ -47,10 +47,10 @@ cdef struct Unit:
 
 
 cdef inline Unit unit_of(const Job *job, Py_ssize_t unit) noexcept nogil:
-    cdef Py_ssize_t strips = job.units // job.N
+    cdef Py_ssize_t per_sample = job.units // job.N
     cdef Unit u
-    u.n = unit // strips
-    u.first = unit % strips * job.unit_groups
+    u.n = unit // per_sample
+    u.first = unit % per_sample * job.unit_groups
     u.groups = min(job.unit_groups, job.G - u.first)
     u.c = u.first * job.K
     u.channels = u.groups * job.K

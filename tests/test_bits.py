@@ -88,7 +88,7 @@ def test_threads_and_instruction_sets_change_nothing(three_processors, shape, nu
     ("shape", "num_groups"),
     [
         ((4, 2, 620, 650), 2),  # slabs larger than a core's cache, shared though there are enough of them
-        ((1, 136, 181, 181), 17),  # channels-last: more than 2^22 values, swept in strips of groups
+        ((1, 136, 181, 181), 17),  # channels-last: more than 2^22 values
         ((1, 2, 1500, 1500), 1),
     ],
     ids=name_of,

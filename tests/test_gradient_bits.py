@@ -94,8 +94,8 @@ def test_every_activation(three_processors, activation, layout, dtype):
     ("shape", "num_groups"),
     [
         ((4, 2, 500, 530), 2),  # slabs larger than a core's cache, shared though there are enough of them
-        ((1, 136, 181, 181), 17),  # channels-last: more than 2^22 values, swept in strips of groups
-        ((1, 132, 179, 181), 3),  # the same with groups that do not fill a last strip
+        ((1, 136, 181, 181), 17),  # channels-last: more than 2^22 values
+        ((1, 132, 179, 181), 3),  # the same with larger groups
     ],
     ids=name_of,
 )
