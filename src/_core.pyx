@@ -590,7 +590,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), y = None
     if out is not None:
         check_out(out, a)
-    w, b, alive, num_threads, statistics = read_options(
+    w, b, alive, num_threads, statistics = read_options(  # arrays named here stay alive until the end
         &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
     if statistics is None:
         add_pass(&call, kernel.moments)

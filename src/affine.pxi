@@ -38,7 +38,7 @@ cdef inline const value *of_channels(const View *v, Py_ssize_t n, Py_ssize_t c, 
 
 
 cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, double factor, double rest,
-                          real most, real *scale, real *shift, value _) noexcept nogil:
+                          real *scale, real *shift, value _) noexcept nogil:
     cdef value wbuffer[WIDTH]
     cdef value bbuffer[WIDTH]
     cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, wbuffer)
@@ -48,18 +48,17 @@ cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
     for i in range(channels):
         each = <real> (weight[i] * factor)
         scale[i] = each
-        moved = each if abs(each) < most else <real> 0  # an infinite weight makes no NaN of its own
+        moved = each if each - each == 0 else <real> 0  # an infinite weight makes no NaN of its own
         shift[i] = <real> (bias[i] - <real> rest * moved)
 
 
 cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z,
                 real *scale, real *shift) noexcept nogil:
     """For channels of one group: (x * power - mean) * scale + shift is the normalized, weighted and biased x."""
-    cdef real most = <real> 1e38 if real is float else <real> 1e308
     if real is double or job.weight.storage == FLOAT64 or job.bias.storage == FLOAT64:
-        weigh_as[real, double](job, n, c, channels, z.factor, z.rest, most, scale, shift, 0)
+        weigh_as[real, double](job, n, c, channels, z.factor, z.rest, scale, shift, 0)
     else:
-        weigh_as[real, float](job, n, c, channels, z.factor, z.rest, most, scale, shift, 0)
+        weigh_as[real, float](job, n, c, channels, z.factor, z.rest, scale, shift, 0)
 
 
 cdef inline void add_residual(const Job *job, const Span *t, real *y, Py_ssize_t row) noexcept nogil:

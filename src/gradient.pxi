@@ -90,6 +90,7 @@ cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) 
     """From a unit's sums: its share of dweight and dbias, and the slopes of dx = dy' * scale * power
     - ((x * power - mean) * slopes[0] + slopes[1])."""
     cdef double weight[WIDTH]
+    cdef double product[WIDTH]
     cdef double *sums = scratch + sums_at(job)
     cdef double *slopes = scratch + slopes_at(job)
     cdef double *dbias
@@ -111,9 +112,10 @@ cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) 
             dweight = job.dweight + u.n // job.block * job.C + u.c + c
             for i in range(channels):
                 dbias[i] += sums[c + i]
-                dweight[i] += rstd * sums[u.channels + c + i]
+                product[i] = rstd * sums[u.channels + c + i]
+                dweight[i] += product[i]
             a += dot(w, sums + c, channels)
-            b += rstd * dot(w, sums + u.channels + c, channels)
+            b += dot(w, product, channels)
         if scratch[COUNT * u.groups + g] > 0:
             a /= scratch[COUNT * u.groups + g]
             b /= scratch[COUNT * u.groups + g]
@@ -169,7 +171,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
         if job.activation != IDENTITY:
             planar_tile[real](job, &t, x, ztile, power, mean, scale + (k - w.first), shift + (k - w.first))
         dy = before_activation[real](job, &t, ztile, dytile, &row)
-        if summing and row == t.lanes:  # the second stream of memory: without it the sums wait for it, by up to a fifth
+        if summing and dy != dytile:  # the second stream of memory: without it the sums wait for it, by up to a fifth
             gn_prefetch(<const char *> (dy + t.lanes), t.lanes * sizeof(real))
         if summing and job.S == 1:
             for j in range(t.lanes):
@@ -184,7 +186,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 k += 1
         else:
             y = direct[real](job, &job.y, &t, ytile, &row)
-            sloped = job.mask.data == NULL and slope != 0 and slope == slope
+            sloped = job.mask.data == NULL and slope != 0 and slope - slope == 0 and constant - constant == 0
             if not sloped:
                 for j in range(t.lanes):  # where nothing counts there is no slope, not even of NaN
                     ztile[j] = ((x[j] * power - mean) * slope if slope != 0 else <real> 0) + constant
@@ -245,8 +247,9 @@ cdef inline void accumulate_product_rows(const real *x, Py_ssize_t row, const re
     for r in range(rows // 4):
         for i in range(lanes // VECTOR):
             j = i * VECTOR
-            gn_prefetch(<const char *> (x + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
-            gn_prefetch(<const char *> (dy + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
+            if row == lanes and dyrow == lanes:
+                gn_prefetch(<const char *> (x + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
+                gn_prefetch(<const char *> (dy + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
             accumulate_product_lanes[real](x + j, row, dy + j, dyrow, VECTOR, mean + j, s1 + j, s2 + j)
         if whole < lanes:
             accumulate_product_lanes[real](x + whole, row, dy + whole, dyrow, lanes - whole, mean + whole, s1 + whole, s2 + whole)
@@ -267,7 +270,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef real dytile[AREA]
     cdef real ytile[AREA]
     cdef real ztile[AREA]
-    cdef uint8_t mtile[ROWS * WIDTH]
+    cdef uint8_t mtile[POSITIONS]
     cdef real power[WIDTH]
     cdef real mean[WIDTH]
     cdef real scale[WIDTH]
@@ -279,7 +282,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef double means[WIDTH]
     cdef double s1[WIDTH]
     cdef double s2[WIDTH]
-    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, dyrow, yrow, r, i, j, k, g
+    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, dyrow, yrow, r, j, k, g
     cdef bint sloped
     cdef double *sums = NULL
     cdef const double *slopes = known + slopes_at(job)
@@ -304,8 +307,8 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
             if not summing:
                 slope_of_dy[real](scale[j], power[j], &first[j], &second[j])
                 slope[j] = <real> slopes[2 * g]
-                sloped &= slope[j] != 0 and slope[j] == slope[j]
                 constant[j] = <real> slopes[2 * g + 1]
+                sloped &= slope[j] != 0 and slope[j] - slope[j] == 0 and constant[j] - constant[j] == 0
         t.s = chunk * job.chunk
         while t.s < stop:
             t.rows = next_rows(stop - t.s, t.lanes, AREA if summing else TILE, &fold)

@@ -50,7 +50,8 @@ cdef inline void accumulate_rows(const real *x, Py_ssize_t row, Py_ssize_t rows,
     for r in range(rows // 4):
         for i in range(lanes // VECTOR):
             j = i * VECTOR
-            gn_prefetch(<const char *> (x + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
+            if row == lanes:  # four rows at once are out of the order of memory: ask for what comes in that order
+                gn_prefetch(<const char *> (x + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
             accumulate_lanes[real](x + j, row, VECTOR, p + j, s1 + j, s2 + j)
         if whole < lanes:
             accumulate_lanes[real](x + whole, row, lanes - whole, p + whole, s1 + whole, s2 + whole)
@@ -144,7 +145,7 @@ cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ss
 
 cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
     cdef real xtile[AREA]
-    cdef uint8_t mtile[AREA]
+    cdef uint8_t mtile[POSITIONS]
     cdef real copy[AREA]
     cdef real size[WIDTH]
     cdef double lane[4 * WIDTH]
@@ -233,8 +234,8 @@ cdef inline void interleaved_tile(const real *x, Py_ssize_t row, real *y, Py_ssi
 
 
 cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _) noexcept nogil:
-    cdef real xtile[AREA]
-    cdef real ytile[AREA]
+    cdef real xtile[TILE]
+    cdef real ytile[TILE]
     cdef real power[WIDTH]
     cdef real mean[WIDTH]
     cdef real scale[WIDTH]

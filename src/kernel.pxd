@@ -51,7 +51,7 @@ cdef inline Unit unit_of(const Job *job, Py_ssize_t unit) noexcept nogil:
     cdef Unit u
     u.n = unit // per_sample
     u.first = unit % per_sample * job.unit_groups
-    u.groups = min(job.unit_groups, job.G - u.first)
+    u.groups = job.unit_groups
     u.c = u.first * job.K
     u.channels = u.groups * job.K
     return u

@@ -2,7 +2,7 @@
 # includes this file; threads and checks live in the door.
 #
 #   tile    some thousand values in L1, in the compute type
-#   block   a tile of rows x lanes: each lane sums x - p and (x - p)^2 about a pivot p near its mean
+#   block   a tile whose moments are summed in lanes, x - p and (x - p)^2 about a pivot p near the mean
 #   chunk   the blocks between two places where threads may part; its blocks are merged in order
 #   unit    the groups of a sample that are swept together; its chunks are merged in order
 #
@@ -24,12 +24,14 @@ cdef extern from "port.h" nogil:
     void gn_prefetch(const char *, Py_ssize_t)
 
 cdef enum:
-    VECTOR = 16  # values that are worked on at once: one to four vectors
+    VECTOR = 16  # values that are worked on at once: one to eight vectors
     LANES = 64  # of a planar block
-    TILE = 2048  # values of a planar block: few enough for float32 sums to stay within 0.1 ulp, enough to hide the merge
+    TILE = 2048  # values of a planar block: few enough for float32 sums to stay within 0.1 ulp, enough to hide the merge;
+    # and about as many of an interleaved tile that is normalized, which stays in level 1 until it is stored
     ROWS = 32  # of an interleaved block: likewise
     WIDTH = 512  # lanes of an interleaved tile at most: its channels, or several positions of few channels
     AREA = 8192  # values of an interleaved tile at most, 32 KiB of float32
+    POSITIONS = 4096  # of an interleaved tile at most: ROWS of WIDTH // 4 lanes of one channel
     AHEAD = 4096  # values after those at work that channels-last walks fetch: 16 KiB of float32
     PIVOT_ROWS = 8  # averaged for a pivot: 0.4 standard deviations from the mean are as good as none
     SMALL = 512  # groups of fewer values have their moments computed in float64

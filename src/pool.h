@@ -38,7 +38,8 @@ static struct {
 static inline gn_header *gn_header_of(void *data) { return (gn_header *)data - 1; }
 
 /* Bytes asked for, rounded up to a multiple of an eighth of the power of two below them (from 128 KiB on, where
-   pool.pxi begins): sizes that differ a little share blocks, and a block is at most an eighth too large. */
+   pool.pxi begins): sizes that differ a little share blocks.  A new block is at most an eighth too large, a kept one
+   about a quarter. */
 static inline size_t gn_capacity_for(size_t bytes) {
     size_t step = 1 << 14;
     while (step <= bytes / 16) step *= 2;

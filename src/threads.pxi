@@ -155,21 +155,20 @@ cdef struct Plan:
 cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
     """A thread's share of the units: some units of some blocks of samples."""
     cdef const Job *job = plan.job
-    cdef Py_ssize_t per_sample = job.units // job.N, items = (job.N + job.block - 1) // job.block * per_sample, block, n, stop
+    cdef Py_ssize_t per_sample = job.units // job.N, items = (job.N + job.block - 1) // job.block * per_sample, k, n, stop
     cdef Py_ssize_t first = thread * items // plan.threads, last = (thread + 1) * items // plan.threads, begin, end
     if job.block == 1:  # units in order
         work_on_units(plan, first, last, thread)
-        first = last
-    for block in range(first // per_sample, (last + per_sample - 1) // per_sample):
-        begin = max(first - block * per_sample, 0)
-        end = min(last - block * per_sample, per_sample)
-        n = block * job.block
-        stop = min(n + job.block, job.N)
-        if end - begin == per_sample:
-            work_on_units(plan, n * per_sample, stop * per_sample, thread)
-        else:
-            for n in range(n, stop):
-                work_on_units(plan, n * per_sample + begin, n * per_sample + end, thread)
+    else:
+        for k in range(first // per_sample, (last + per_sample - 1) // per_sample):
+            begin = max(first - k * per_sample, 0)
+            end = min(last - k * per_sample, per_sample)
+            stop = min((k + 1) * job.block, job.N)
+            if end - begin == per_sample:
+                work_on_units(plan, k * job.block * per_sample, stop * per_sample, thread)
+            else:
+                for n in range(k * job.block, stop):
+                    work_on_units(plan, n * per_sample + begin, n * per_sample + end, thread)
     gn_stream_end()
 
 

@@ -31,7 +31,7 @@ import gn_fast
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 every_ratio = pytest.mark.parametrize("ratio", RATIOS)
 
-# Channels-first works on blocks of 32 x 64 values, in chunks of 65536. All short tails, then the edges.
+# Channels-first works on blocks of 2,048 values, in chunks of 65536. All short tails, then the edges.
 LENGTHS = [
     *range(1, 200), 255, 256, 257, 511, 513, 1023, 1025, 1999, 2047, 2048, 2049, 2111, 2112, 2113, 4095,
     4096, 4097, 4160, 6143, 6211, 65535, 65536, 65537, 67583, 131071, 131073,
@@ -348,3 +348,18 @@ def test_given_moments_that_counted_nothing_have_no_variance():
     m = gn_fast.Moments(count=[[0]], mean=[[1.0]], m2=[[5.0]])
     y = gn_fast.group_norm(np.array([[1.0, 2.0]]), 1, moments=m, eps=0.25)
     np.testing.assert_array_equal(y, [[0, 2]])
+
+
+@both_layouts
+@pytest.mark.parametrize("weight", [9e37, 1.2e38, np.inf])
+def test_weights_near_the_largest_float32(weight, layout):
+    """The rest of the mean is up to 3% of a standard deviation, whatever it is multiplied by."""
+    x = in_layout(normal(np.random.default_rng(0), (1, 1, 64, 64), mean=1e6), layout)
+    y = gn_fast.group_norm(x, 1, np.full(1, weight, np.float32))
+    ones = gn_fast.group_norm(x, 1)
+    if np.isinf(weight):
+        apart = np.abs(ones) > 0.1  # from the mean's float32 part, where 0 * inf is NaN
+        np.testing.assert_array_equal(y[apart], np.copysign(np.inf, ones[apart]))
+    else:
+        finite = np.abs(ones) < 2.5
+        np.testing.assert_allclose(y[finite], ones[finite] * weight, rtol=1e-6, atol=1e-6 * weight)

@@ -992,3 +992,26 @@ def test_no_factor_of_dx_leaves_the_range_of_float32_before_dx_does(dy, scale, w
     dx = gn_fast.group_norm_backward(dy32, x32, 1, w32, eps=eps)[0]
     # The inputs are rounded, each by up to 6e-8, and dx cancels by a factor of up to 10.
     np.testing.assert_allclose(dx, exact, rtol=2e-6)
+
+
+@both_layouts
+def test_weights_whose_product_with_the_sums_is_beyond_float64(layout):
+    rng = np.random.default_rng(0)
+    x, dy = (in_layout(normal(rng, (1, 2, 300, 2), np.float64), layout) for _ in range(2))
+    x, weight = x * 1e150, np.full(2, 1e200)
+    dx = gn_fast.group_norm_backward(dy, x, 1, weight)[0]
+    exact = gn_fast.reference.group_norm_backward(dy, x / 1e150, 1, np.ones(2), eps=0)[0]
+    np.testing.assert_allclose(dx / 1e50, exact, rtol=1e-9, atol=1e-9)
+
+
+@both_layouts
+@pytest.mark.parametrize("weight", [np.inf, 3e38, np.nan])
+def test_a_group_beyond_range_leaves_the_bits_of_the_others(weight, layout):
+    x, dy = normal(np.random.default_rng(0), (2, 2, 4, 30, 9))
+    weights = np.ones((2, 4), np.float32)
+    weights[1, :2] = weight
+    x, dy = in_layout(x, layout), in_layout(dy, layout)
+    ones = gn_fast.group_norm_backward(dy, x, 2, np.ones(4, np.float32))[0]
+    dx = gn_fast.group_norm_backward(dy, x, 2, weights)[0]
+    assert_same_bits(dx[:1], ones[:1])
+    assert_same_bits(dx[:, 2:], ones[:, 2:])
