@@ -51,20 +51,12 @@ cdef inline real one_nan(real v) noexcept nogil:
     return v if v == v else <real> NAN
 
 
-cdef inline void pack(const real *x, Py_ssize_t row, const Span *t, real *tile) noexcept nogil:
-    cdef Py_ssize_t r, j
-    if x != tile:
-        for r in range(t.rows):
-            for j in range(t.lanes):
-                tile[r * t.lanes + j] = x[r * row + j]
-
-
 cdef const real *before_activation(const Job *job, const Span *t, real *z, real *tile, Py_ssize_t *row) noexcept nogil:
     """dy' = dy * act'(z), from the affine z without its residual; packed if it is wanted as dresidual."""
     cdef const real *dy = load[real](job, &job.dy, t, tile, row)
     if job.activation == IDENTITY and job.dresidual.data == NULL:
         return dy
-    pack[real](dy, row[0], t, tile)
+    pack[real](dy, row[0], t, NULL, tile)
     row[0] = t.lanes
     if job.activation != IDENTITY:
         add_residual[real](job, t, z, t.lanes)
@@ -319,8 +311,8 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
             if summing:
                 sums = found + sums_at(job)
                 if fold > 1 and (row != t.lanes or dyrow != t.lanes):
-                    pack[real](x, row, &t, xtile)
-                    pack[real](dy, dyrow, &t, dytile)
+                    pack[real](x, row, &t, NULL, xtile)
+                    pack[real](dy, dyrow, &t, NULL, dytile)
                     x = xtile
                     dy = dytile
                     row = dyrow = t.lanes

@@ -110,18 +110,6 @@ cdef void interleaved_block(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_s
         moments[M2 * n + j] = (s2[j] - s1[j] * mean) * power[j] * power[j]
 
 
-cdef inline Py_ssize_t pack_counted(const real *x, Py_ssize_t row, const uint8_t *mask, Py_ssize_t rows, Py_ssize_t lanes,
-                                    real *tile) noexcept nogil:
-    """Bring the rows that count together, and return how many they are."""
-    cdef Py_ssize_t r, j, count = 0
-    for r in range(rows):
-        if mask == NULL or mask[r] != 0:
-            for j in range(lanes):
-                tile[count * lanes + j] = x[r * row + j]
-            count += 1
-    return count
-
-
 cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ssize_t channels, double *one) noexcept nogil:
     """The moments of a group from those of its lanes: some channels of each position of a row."""
     cdef double pivot = lane[PIVOT * n], count = 0, sum1 = 0, sum2 = 0, shift, mean
@@ -173,7 +161,7 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
             mask = load_mask(job, t, t.rows, mtile)
             left = t.rows
             if mask != NULL or (fold > 1 and row != width):
-                left = pack_counted[real](x, row, mask, t.rows, width, xtile)
+                left = pack[real](x, row, &t, mask, xtile)
                 x = xtile
                 row = width
             while left > 0:

@@ -1,4 +1,4 @@
-# The moments of a chunk, in one pass: blocks of rows x lanes summed about a pivot, merged by Chan's update; and the
+# The moments of a chunk, in one pass: blocks summed in lanes about a pivot, merged by Chan's update; and the
 # planar walk. That of channels-last lives in interleaved.pxi, what is done with the moments in affine.pxi.
 
 

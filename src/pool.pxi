@@ -1,8 +1,6 @@
 # Which arrays take their memory from the pool (pool.h), and how much of it the pool may keep.
 
-import os
 import sys
-import warnings
 
 from cpython.pycapsule cimport PyCapsule_New
 
@@ -29,16 +27,8 @@ cdef enum:
 
 
 def _pool_of_environment():
-    text = os.environ.get("GN_FAST_POOL_MB", "")
-    try:
-        mib = int(text) if text else DEFAULT_MB
-        if mib >= 0:
-            return min(mib << 20, sys.maxsize)
-    except ValueError:
-        pass
-    warnings.warn(f"GN_FAST_POOL_MB must be an integer of at least 0, not {text!r}; it is ignored",
-                  RuntimeWarning, stacklevel=2)
-    return DEFAULT_MB << 20
+    mib = _integer_of_environment("GN_FAST_POOL_MB", 0)
+    return min((DEFAULT_MB if mib is None else mib) << 20, sys.maxsize)
 
 
 gn_pool_open(_pool_of_environment())

@@ -38,16 +38,24 @@ def _thread_count(value, name):
     return count
 
 
-def _threads_of_environment():
-    text = os.environ.get("GN_FAST_NUM_THREADS", "")
+def _integer_of_environment(name, least):
+    """An environment variable's integer; None, with a warning, if it is none of at least `least`, or is not set."""
+    text = os.environ.get(name, "")
     if not text:
         return None
     try:
-        return _thread_count(int(text), "GN_FAST_NUM_THREADS")
+        value = int(text)
+        if value >= least:
+            return value
     except ValueError:
-        warnings.warn(f"GN_FAST_NUM_THREADS must be an integer of at least 1, not {text!r}; it is ignored",
-                      RuntimeWarning, stacklevel=2)
-        return None
+        pass
+    warnings.warn(f"{name} must be an integer of at least {least}, not {text!r}; it is ignored",
+                  RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _threads_of_environment():
+    return _integer_of_environment("GN_FAST_NUM_THREADS", 1)
 
 
 _process_threads = _threads_of_environment()

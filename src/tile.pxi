@@ -209,3 +209,16 @@ cdef inline real *load(const Job *job, const View *v, const Span *t, real *buffe
     if tile == buffer:
         move[real](job, v, t, tile, False)
     return tile
+
+
+cdef inline Py_ssize_t pack(const real *x, Py_ssize_t row, const Span *t, const uint8_t *mask, real *tile) noexcept nogil:
+    """Bring a span's rows, or those that count, together in a tile, and return how many they are."""
+    cdef Py_ssize_t r, j, count = 0
+    if x == tile and mask == NULL:
+        return t.rows
+    for r in range(t.rows):
+        if mask == NULL or mask[r] != 0:
+            for j in range(t.lanes):
+                tile[count * t.lanes + j] = x[r * row + j]
+            count += 1
+    return count

@@ -1,14 +1,19 @@
-"""What the tests share: dtypes, arrays in every memory order, and the exact oracle with its bounds.
+"""What the tests share: dtypes, memory orders, other processes, and the exact oracle with its bounds.
 
 The oracle here is independent of `gn_fast.reference`: its sums are exact (`math.fsum`), so it stands for the
 definition wherever the inputs have at most 24 bits. For float64 inputs it works in 40 digits.
 """
 
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import ml_dtypes
 import mpmath
 import numpy as np
+import pytest
 
 import gn_fast
 
@@ -17,6 +22,9 @@ LAYOUTS = ["channels-first", "channels-last"]
 RATIOS = [0.0, 1.0, 1e2, 1e4, 1e6]  # |mean| / std
 DTYPES = [np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)]
 ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh", "mish"]
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 
 EPS32 = float(np.finfo(np.float32).eps)
 EPS64 = float(np.finfo(np.float64).eps)
@@ -36,6 +44,29 @@ def in_layout(x, layout):
 
 def normal(rng, shape, dtype=np.float32, mean=0.0):
     return (mean + rng.standard_normal(shape)).astype(dtype)
+
+
+def works_in_a_fork(work):
+    """Whether work() is true in a child, which is killed if it hangs."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        code = 1
+        try:
+            code = 0 if work() else 2
+        finally:
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def fresh_python(code, **environment):
+    """What the code does in a fresh interpreter, of our variables with these alone."""
+    ours = ("GN_FAST_", "OMP_", "GOMP_")
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
 
 
 def assert_same_bits(a, b, what=""):

@@ -3,12 +3,9 @@
 That all give the same bits is the promise of test_bits.py.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
+from helpers import fresh_python
 
 import gn_fast
 
@@ -16,15 +13,6 @@ LEVELS = gn_fast.isa_levels()
 KNOWN = ("x86_64_v2", "x86_64_v3", "x86_64_v4", "baseline")
 
 on_x86_64 = pytest.mark.skipif(not LEVELS[0].startswith("x86_64"), reason="x86-64 only")
-
-
-def python(code, **environment):
-    """A fresh interpreter, in which the variables are the only ones of ours."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("GN_FAST_")}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env=clean | environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
 
 
 def used():
@@ -91,13 +79,13 @@ print(gn_fast.show_config("dicts")["isa"]["used"], *(name for name in sys.module
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_only_the_chosen_kernel_is_loaded(level):
-    result = python(SHOW, GN_FAST_ISA=level)
+    result = fresh_python(SHOW, GN_FAST_ISA=level)
     assert result.stdout.split() == [level, f"gn_fast._kernel_{level}"], result.stderr
 
 
 @pytest.mark.parametrize("environment", [{}, {"GN_FAST_ISA": ""}], ids=["unset", "empty"])
 def test_the_best_by_default(environment):
-    result = python(SHOW, **environment)
+    result = fresh_python(SHOW, **environment)
     assert result.stdout.split() == [LEVELS[-1], f"gn_fast._kernel_{LEVELS[-1]}"], result.stderr
 
 
@@ -106,7 +94,7 @@ UNSUPPORTED = [level for level in KNOWN if level not in LEVELS]
 
 @pytest.mark.parametrize("level", ["x86_64_v9", "avx2", "X86_64_V2", "0", *UNSUPPORTED])
 def test_a_bad_variable_is_an_import_error_that_lists_the_levels(level):
-    result = python("import gn_fast", GN_FAST_ISA=level)
+    result = fresh_python("import gn_fast", GN_FAST_ISA=level)
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
     assert last.startswith("ImportError: GN_FAST_ISA must be ")

@@ -1,10 +1,7 @@
 """The memory of large outputs: it is used again, and bounded, and the arrays are like any other."""
 
 import ctypes
-import os
 import pickle
-import signal
-import subprocess
 import sys
 import threading
 import tracemalloc
@@ -12,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import ACTIVATIONS, assert_same_bits, normal
+from helpers import ACTIVATIONS, assert_same_bits, forks, fresh_python, linux, normal, works_in_a_fork
 from numpy._core import multiarray
 
 import gn_fast
@@ -26,8 +23,6 @@ pytestmark = [
     pytest.mark.skipif(LIMIT < 64 * MIB, reason="no pool here, or a small one"),
     pytest.mark.filterwarnings("ignore:.* multi-threaded, use of fork:DeprecationWarning"),
 ]
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 
 
 @pytest.fixture(autouse=True)
@@ -68,9 +63,7 @@ def kept(): return gn_fast.show_config("dicts")["pool"]["kept"]
 def place(a): return a.__array_interface__["data"][0]
 handler, MIB = np._core.multiarray.get_handler_name, 1 << 20
 """
-    clean = {name: value for name, value in os.environ.items() if name != "GN_FAST_POOL_MB"}
-    result = subprocess.run([sys.executable, "-c", helpers + code], env=clean | environment,
-                            capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    result = fresh_python(helpers + code, **environment)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -413,19 +406,6 @@ def test_no_two_threads_get_one_block_without_the_gil(crowd):
         assert_same_bits(gn_fast.group_norm(x, 2), expected)
         gn_fast.clear_pool()
     assert not crowd
-
-
-def works_in_a_fork(work):
-    """Whether work() is true in a child, which is killed if it hangs."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        code = 1
-        try:
-            code = 0 if work() else 2
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1] == 0
 
 
 @forks

@@ -6,7 +6,6 @@ That the number of threads changes no bit is the promise of test_bits.py.
 import asyncio
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from helpers import assert_same_bits
+from helpers import assert_same_bits, forks, fresh_python, linux, works_in_a_fork
 from threadpoolctl import threadpool_limits
 
 import gn_fast
@@ -22,22 +21,16 @@ from gn_fast.machine import cache_bytes, cpu_quota
 
 THREADS = gn_fast.show_config("dicts")["threads"]
 UNLIMITED = sys.maxsize
-OURS = ("GN_FAST_", "OMP_", "GOMP_")  # environment variables that a test is to be free of
 
 # Python's advice against forking threads is what the last section is about.
 pytestmark = pytest.mark.filterwarnings("ignore:.* multi-threaded, use of fork:DeprecationWarning")
 
 several = pytest.mark.skipif(THREADS["processors"] < 2, reason="one processor, or a build without OpenMP")
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
 
 
 def python(code, **environment):
     """What the code prints in a fresh interpreter."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-    result = subprocess.run(
-        [sys.executable, "-c", f"import os, gn_fast\n{code}"],
-        env=clean | environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    result = fresh_python(f"import os, gn_fast\n{code}", **environment)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -295,24 +288,8 @@ def test_cache_sizes_that_the_system_does_not_say(tmp_path, files):
 
 # ---- forks and crowds ------------------------------------------------------------------------------------
 
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-
-
 def on_three_threads(x):
     return gn_fast.group_norm(x, 2, num_threads=3)
-
-
-def works_in_a_fork(work):
-    """Whether work() is true in a child, which is killed if it hangs."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(30)
-        code = 1
-        try:
-            code = 0 if work() else 2
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1] == 0
 
 
 @forks
