@@ -26,6 +26,10 @@ else:
 # vectorise then.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 
+# A kernel's inline functions are inlined whatever the compiler thinks of their size: a loop that calls one is scalar
+# (the gradient of silu took 20 ns a value instead of 1).
+KERNEL = [("CYTHON_INLINE", "__inline__ __attribute__((__always_inline__, __unused__))")]
+
 OPENMP = [  # compile and link flags to try, in order
     (["-fopenmp"], ["-fopenmp"]),
     (["-Xpreprocessor", "-fopenmp"], ["-lomp"]),  # Apple's clang with Homebrew's libomp
@@ -65,7 +69,7 @@ class BuildExt(build_ext):
         return [], []
 
 
-def extension(name, source, flags=()):
+def extension(name, source, flags=(), macros=()):
     return Extension(
         f"gn_fast.{name}",
         [f"src/{source}.pyx"],
@@ -73,6 +77,7 @@ def extension(name, source, flags=()):
         define_macros=[
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
             ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
+            *macros,
         ],
         extra_compile_args=[*FLAGS, *flags],
         depends=sorted(str(path) for path in Path("src").iterdir() if path.suffix in (".pxi", ".pxd", ".h")),
@@ -82,7 +87,7 @@ def extension(name, source, flags=()):
 setup(
     ext_modules=cythonize(
         [extension("_core", "_core")]
-        + [extension(f"_kernel_{level}", f"_kernel_{level}", flags) for level, flags in ISA.items()],
+        + [extension(f"_kernel_{level}", f"_kernel_{level}", flags, KERNEL) for level, flags in ISA.items()],
         include_path=["src"],
         compiler_directives={
             "language_level": 3,
