@@ -62,8 +62,8 @@ cdef inline real exp_minus(real x, real excess) noexcept nogil:
         t = <real>(1.5 * 2.0**23 + 127 + 36) - (x - excess) * <real>1.4426950408889634
         n = t - <real>(1.5 * 2.0**23 + 127 + 36)
         r = (x + n * <real>(45426.0 / 2.0**16) - excess) + n * <real>1.4286068203094172e-6
-        q = (((<real>1.38143199e-3 * r - <real>8.36885108e-3) * r + <real>4.16684011e-2) * r
-             - <real>1.66665195e-1) * r + <real>4.99999934e-1
+        q = ((<real>4.99999934e-1 - <real>1.66665195e-1 * r)
+             + r * r * ((<real>4.16684011e-2 - <real>8.36885108e-3 * r) + <real>1.38143199e-3 * (r * r)))
         memcpy(&bits32, &t, 4)
         bits32 <<= 23
         memcpy(&t, &bits32, 4)

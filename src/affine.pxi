@@ -93,21 +93,19 @@ cdef struct Window:  # the channels of a unit whose scale and shift are at hand
     Py_ssize_t first, count
 
 
-cdef inline void next_tile(const Job *job, const Unit *u, Py_ssize_t pos, Py_ssize_t stop, const Standard *z,
-                           Span *t, Window *w, real *scale, real *shift) noexcept nogil:
-    """Set the span of the tile at pos and bring its channels into the window."""
-    cdef Py_ssize_t last
-    t.n = u.n
-    t.c = u.c + pos // job.S
-    t.s = pos % job.S
-    t.rows = 1
-    t.planar = True
-    t.lanes = min(stop - pos, TILE if job.S >= SHORT else WIDTH)
-    last = (pos + t.lanes - 1) // job.S
-    if last >= w.first + w.count:
-        w.first = pos // job.S
-        w.count = min(WIDTH, (stop - 1) // job.S + 1 - w.first)
+cdef inline Py_ssize_t next_tile(const Job *job, const Unit *u, Py_ssize_t left, const Standard *z,
+                                 Span *t, Window *w, real *scale, real *shift) noexcept nogil:
+    """Set the size of the tile at t and bring its channels into the window; the place there of the first one."""
+    cdef Py_ssize_t place = t.c - u.c - w.first, channels = 1
+    t.lanes = min(left, TILE if job.S >= SHORT else WIDTH)
+    if t.s + t.lanes > job.S:
+        channels = (t.s + t.lanes - 1) // job.S + 1
+    if place + channels > w.count:
+        w.first += place
+        w.count = min(WIDTH, (t.s + left - 1) // job.S + 1)
         weigh[real](job, t.n, t.c, w.count, z, scale, shift)
+        place = 0
+    return place
 
 
 cdef inline void repeat(const real *v, Py_ssize_t first, Py_ssize_t times, Py_ssize_t n, real *each) noexcept nogil:
@@ -121,24 +119,35 @@ cdef inline void repeat(const real *v, Py_ssize_t first, Py_ssize_t times, Py_ss
         run = times
 
 
+cdef inline void planar_run(const real *x, real *y, Py_ssize_t n, real power, real mean, real scale, real shift) noexcept nogil:
+    """y = (x * power - mean) * scale + shift on values of a channel. The last SHORT overlap those before, as single values
+    would take longer than all the rest of a short run."""
+    cdef Py_ssize_t j
+    for j in range(n // SHORT * SHORT if n > SHORT else n):
+        y[j] = (x[j] * power - mean) * scale + shift
+    if n > SHORT and n % SHORT:
+        for j in range(n - SHORT, n):
+            y[j] = (x[j] * power - mean) * scale + shift
+
+
 cdef inline void planar_tile(const Job *job, const Span *t, const real *x, real *y, real power, real mean,
                              const real *scale, const real *shift) noexcept nogil:
-    """y = (x * power - mean) * scale + shift, with a scale and a shift for each channel."""
+    """The affine of a tile, with a scale and a shift for each channel."""
     cdef real each_scale[WIDTH]
     cdef real each_shift[WIDTH]
-    cdef Py_ssize_t i = 0, j, run
+    cdef Py_ssize_t i = 0, j, run = job.S - t.s
     if job.S >= SHORT:
         while i < t.lanes:
-            run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
-            for j in range(i, run):
-                y[j] = (x[j] * power - mean) * scale[0] + shift[0]
-            i = run
+            run = min(run, t.lanes - i)
+            planar_run[real](x + i, y + i, run, power, mean, scale[0], shift[0])
+            i += run
+            run = job.S
             scale += 1
             shift += 1
         return
     if job.S > 1:
-        repeat[real](scale, job.S - t.s, job.S, t.lanes, each_scale)
-        repeat[real](shift, job.S - t.s, job.S, t.lanes, each_shift)
+        repeat[real](scale, run, job.S, t.lanes, each_scale)
+        repeat[real](shift, run, job.S, t.lanes, each_shift)
         scale = each_scale
         shift = each_shift
     for j in range(t.lanes):
@@ -150,21 +159,24 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
     cdef real ytile[TILE]
     cdef real scale[WIDTH]
     cdef real shift[WIDTH]
-    cdef Py_ssize_t pos, stop, row
+    cdef Py_ssize_t pos, stop, row, c
     cdef const real *x
     cdef real *y
     cdef Unit u = unit_of(job, unit)
     cdef Window w
     cdef Standard z
-    cdef Span t
-    w.first = w.count = 0
+    cdef Span whole, t
     standardize[real](known, 1, 0, job.eps, &z, 0)
     bounds(job, chunk, &pos, &stop)
-    while pos < stop:
-        next_tile[real](job, &u, pos, stop, &z, &t, &w, scale, shift)
+    whole = t = planar_span(job, &u, pos, stop - pos)
+    w.first = t.c - u.c
+    w.count = 0
+    while t.lanes > 0:
+        c = next_tile[real](job, &u, t.lanes, &z, &t, &w, scale, shift)
         x = load[real](job, &job.x, &t, xtile, &row)
+        if job.ahead > 0:  # a share of what the next unit will read, as this one's tiles keep the core busy
+            gn_prefetch(address(&job.x, t.n, t.c, t.s) + job.ahead, t.lanes * job.x.itemsize)
         y = direct[real](job, &job.y, &t, ytile, &row)
-        row = t.c - u.c - w.first
-        planar_tile[real](job, &t, x, y, <real> z.power, <real> z.mean, scale + row, shift + row)
+        planar_tile[real](job, &t, x, y, <real> z.power, <real> z.mean, scale + c, shift + c)
         finish[real](job, &t, y, t.lanes, ytile)
-        pos += t.lanes
+        advance(job, &whole, &t)

@@ -131,7 +131,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real scale[WIDTH]
     cdef real shift[WIDTH]
     cdef real each_scale[WIDTH]
-    cdef Py_ssize_t pos, stop, row, k, i, j, run
+    cdef Py_ssize_t pos, stop, row, k, c, i, j, run
     cdef double *sums = NULL
     cdef real power, mean, slope = 0, constant = 0, a = 0, b = 1
     cdef bint sloped
@@ -143,11 +143,14 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef Unit u = unit_of(job, unit)
     cdef Window w
     cdef Standard z
-    cdef Span t
-    w.first = w.count = 0
+    cdef Span whole, t
     standardize[real](known, 1, 0, job.eps, &z, 0)
     power = <real> z.power
     mean = <real> z.mean
+    bounds(job, chunk, &pos, &stop)
+    whole = t = planar_span(job, &u, pos, stop - pos)
+    w.first = t.c - u.c
+    w.count = 0
     if summing:
         sums = found + sums_at(job)
         if job.activation == IDENTITY:
@@ -155,13 +158,12 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     else:
         slope = <real> known[slopes_at(job)]
         constant = <real> known[slopes_at(job) + 1]
-    bounds(job, chunk, &pos, &stop)
-    while pos < stop:
-        next_tile[real](job, &u, pos, stop, &z, &t, &w, scale, shift)
+    while t.lanes > 0:
+        c = next_tile[real](job, &u, t.lanes, &z, &t, &w, scale, shift)
         k = t.c - u.c
         x = load[real](job, &job.x, &t, xtile, &row)
         if job.activation != IDENTITY:
-            planar_tile[real](job, &t, x, ztile, power, mean, scale + (k - w.first), shift + (k - w.first))
+            planar_tile[real](job, &t, x, ztile, power, mean, scale + c, shift + c)
         dy = before_activation[real](job, &t, ztile, dytile, &row)
         if summing and dy != dytile:  # the second stream of memory: without it the sums wait for it, by up to a fifth
             gn_prefetch(<const char *> (dy + t.lanes), t.lanes * sizeof(real))
@@ -186,11 +188,10 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 mask = load_mask(job, t, t.lanes, mtile)
                 for j in range(t.lanes):
                     ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
-            k -= w.first
             if job.S < SHORT:
-                each = scale + k
+                each = scale + c
                 if job.S > 1:
-                    repeat[real](scale + k, job.S - t.s, job.S, t.lanes, each_scale)
+                    repeat[real](scale + c, job.S - t.s, job.S, t.lanes, each_scale)
                     each = each_scale
                 for j in range(t.lanes):
                     slope_of_dy[real](each[j], power, &a, &b)
@@ -198,7 +199,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
             i = 0 if job.S >= SHORT else t.lanes
             while i < t.lanes:
                 run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
-                slope_of_dy[real](scale[k], power, &a, &b)
+                slope_of_dy[real](scale[c], power, &a, &b)
                 if sloped:
                     for j in range(i, run):
                         y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
@@ -206,12 +207,12 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                     for j in range(i, run):
                         y[j] = one_nan[real](dy[j] * a * b - ztile[j])
                 i = run
-                k += 1
+                c += 1
             if y == ytile:
                 move[real](job, &job.y, &t, y, True)
             if job.dresidual.data != NULL:
                 move[real](job, &job.dresidual, &t, <real *> dy, True)
-        pos += t.lanes
+        advance(job, &whole, &t)
 
 
 # ---- interleaved -----------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
                 sloped &= slope[j] != 0 and slope[j] - slope[j] == 0 and constant[j] - constant[j] == 0
         t.s = chunk * job.chunk
         while t.s < stop:
-            t.rows = next_rows(stop - t.s, t.lanes, AREA if summing else TILE, &fold)
+            t.rows = next_rows(stop - t.s, t.lanes, AREA if summing else PATCH, &fold)
             x = load[real](job, &job.x, &t, xtile, &row)
             if job.activation != IDENTITY:
                 interleaved_tile[real](x, row, ztile, t.lanes, t.rows, t.lanes, power, mean, scale, shift)

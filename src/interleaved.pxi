@@ -222,8 +222,8 @@ cdef inline void interleaved_tile(const real *x, Py_ssize_t row, real *y, Py_ssi
 
 
 cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _) noexcept nogil:
-    cdef real xtile[TILE]
-    cdef real ytile[TILE]
+    cdef real xtile[PATCH]
+    cdef real ytile[PATCH]
     cdef real power[WIDTH]
     cdef real mean[WIDTH]
     cdef real scale[WIDTH]
@@ -241,7 +241,7 @@ cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, 
         lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
         t.s = chunk * job.chunk
         while t.s < stop:
-            t.rows = next_rows(stop - t.s, t.lanes, TILE, &fold)
+            t.rows = next_rows(stop - t.s, t.lanes, PATCH, &fold)
             x = load[real](job, &job.x, &t, xtile, &row)
             y = direct[real](job, &job.y, &t, ytile, &yrow)
             if row != t.lanes or yrow != t.lanes:

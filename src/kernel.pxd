@@ -32,6 +32,7 @@ cdef struct Job:  # everything a kernel needs to know of one call
     Py_ssize_t chunks  # of a unit
     Py_ssize_t chunk  # interleaved: positions. Planar: values, of whole channels or of one of its pieces
     Py_ssize_t pieces
+    Py_ssize_t ahead  # bytes behind those that a planar pass normalizes, where those for the next unit are asked for, or 0
     Py_ssize_t block  # samples whose dweight and dbias one thread adds up in order
     View x, y, residual, mask, weight, bias, dy, dresidual  # for the gradient y is dx
     int activation

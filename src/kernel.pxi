@@ -25,17 +25,19 @@ cdef extern from "port.h" nogil:
 
 cdef enum:
     VECTOR = 16  # values that are worked on at once: one to eight vectors
-    LANES = 64  # of a planar block
-    TILE = 2048  # values of a planar block: few enough for float32 sums to stay within 0.1 ulp, enough to hide the merge;
-    # and about as many of an interleaved tile that is normalized, which stays in level 1 until it is stored
-    ROWS = 32  # of an interleaved block: likewise
+    STEP = 8 * VECTOR  # values that are added up at once
+    PIECE = 2 * STEP  # values whose sums stay in the compute type before they are added up in float64
+    BLOCK = 8 * PIECE  # values of a planar block, which has one pivot: few, for data that drift, and enough to hide the merge
+    TILE = 1024  # values of a planar tile that is normalized, which stays in level 1 until it is stored
+    ROWS = 32  # of an interleaved block
     WIDTH = 512  # lanes of an interleaved tile at most: its channels, or several positions of few channels
-    AREA = 8192  # values of an interleaved tile at most, 32 KiB of float32
+    AREA = 8192  # values of an interleaved tile that is summed, at most: 32 KiB of float32
+    PATCH = 2048  # and of one that is normalized, which stays in level 1 until it is stored
     POSITIONS = 4096  # of an interleaved tile at most: ROWS of WIDTH // 4 lanes of one channel
     AHEAD = 4096  # values after those at work that channels-last walks fetch: 16 KiB of float32
-    PIVOT_ROWS = 8  # averaged for a pivot: 0.4 standard deviations from the mean are as good as none
+    PIVOT_ROWS = 8  # of values averaged for a pivot: 0.4 standard deviations from the mean are as good as none
     SMALL = 512  # groups of fewer values have their moments computed in float64
-    SHORT = 16  # channels of fewer positions are worked on many at a time
+    SHORT = 32  # channels of fewer positions are worked on many at a time; loops of 16 steps and less would not be vectorised
 
 include "moments.pxi"
 include "affine.pxi"

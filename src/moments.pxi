@@ -31,44 +31,54 @@ cdef void merge_alike(double *into, const double *other, Py_ssize_t n) noexcept 
         merge_one(count, other_count, share, into + i, other + i, n)
 
 
-cdef inline void accumulate(const real *x, Py_ssize_t n, real p, double *sum1, double *sum2) noexcept nogil:
-    """sum(x - p) and sum((x - p)^2) of n <= TILE values that lie in a row. Each step takes eight to a lane, in the order
-    of memory: out of order the hardware prefetches too little of it, and a sweep of DRAM takes 1.3 times as long. The
-    next step takes other lanes, so that few roundings make a chain."""
-    cdef real s1[LANES]
-    cdef real s2[LANES]
+cdef inline void accumulate_step(const real *x, real p, real *sums) noexcept nogil:
+    """Eight values to a lane, in the order of memory: out of order the hardware prefetches too little of it, and a sweep
+    of DRAM takes 1.3 times as long."""
     cdef real d0, d1, d2, d3, d4, d5, d6, d7
-    cdef Py_ssize_t rows = n // VECTOR, r, i, j
-    for j in range(LANES):
-        s1[j] = 0
-        s2[j] = 0
-    for j in range(n % VECTOR):  # what does not fill a step comes first, while the sums are small
-        d0 = x[rows * VECTOR + j] - p
-        s1[j] += d0
-        s2[j] += d0 * d0
-    for r in range(rows % 8):
-        i = r * VECTOR % LANES
-        for j in range(VECTOR):
-            d0 = x[j] - p
-            s1[i + j] += d0
-            s2[i + j] += d0 * d0
-        x += VECTOR
-    for r in range(rows // 8):
-        i = r * VECTOR % LANES
-        for j in range(VECTOR):
-            d0 = x[j] - p
-            d1 = x[j + VECTOR] - p
-            d2 = x[j + 2 * VECTOR] - p
-            d3 = x[j + 3 * VECTOR] - p
-            d4 = x[j + 4 * VECTOR] - p
-            d5 = x[j + 5 * VECTOR] - p
-            d6 = x[j + 6 * VECTOR] - p
-            d7 = x[j + 7 * VECTOR] - p
-            s1[i + j] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
-            s2[i + j] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
-        x += 8 * VECTOR
-    sum1[0] = total[real](s1, LANES)
-    sum2[0] = total[real](s2, LANES)
+    cdef Py_ssize_t j
+    for j in range(VECTOR):
+        d0 = x[j] - p
+        d1 = x[j + VECTOR] - p
+        d2 = x[j + 2 * VECTOR] - p
+        d3 = x[j + 3 * VECTOR] - p
+        d4 = x[j + 4 * VECTOR] - p
+        d5 = x[j + 5 * VECTOR] - p
+        d6 = x[j + 6 * VECTOR] - p
+        d7 = x[j + 7 * VECTOR] - p
+        sums[j] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
+        sums[VECTOR + j] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+
+
+cdef inline void accumulate(const real *x, Py_ssize_t n, real p, double *sums) noexcept nogil:
+    """Add sum(x - p) and sum((x - p)^2) of values that lie in a row to VECTOR lanes each. Those of a piece are summed in
+    the compute type: eight roundings in a chain at most, if the piece is whole."""
+    cdef real part[2 * VECTOR]
+    cdef real d
+    cdef Py_ssize_t r, j
+    while n > 0:
+        for j in range(2 * VECTOR):
+            part[j] = 0
+        if n >= PIECE:
+            for r in range(PIECE // STEP):
+                accumulate_step[real](x + r * STEP, p, part)
+            x += PIECE
+        else:
+            for r in range(n // STEP):
+                accumulate_step[real](x, p, part)
+                x += STEP
+            for r in range(n % STEP // VECTOR):
+                for j in range(VECTOR):
+                    d = x[j] - p
+                    part[j] += d
+                    part[VECTOR + j] += d * d
+                x += VECTOR
+            for j in range(n % VECTOR):
+                d = x[j] - p
+                part[j] += d
+                part[VECTOR + j] += d * d
+        for j in range(2 * VECTOR):  # more than 16 steps in one loop: GCC would unroll a shorter one, and not vectorise it
+            sums[j] += part[j]
+        n -= PIECE
 
 
 cdef inline void lane_means(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes, real *mean, real *size) noexcept nogil:
@@ -128,7 +138,7 @@ cdef inline void add_about(double x, double pivot, double *sum, double *error) n
     sum[0] = t
 
 
-cdef double sum_about(const real *x, Py_ssize_t n, double pivot) noexcept nogil:
+cdef double sum_about(const double *x, Py_ssize_t n, double pivot) noexcept nogil:
     """sum(x - pivot) as if in twice the precision: Ogita, Rump and Oishi (2005), algorithm 4.4, over 8 lanes."""
     cdef double sum[8]
     cdef double error[8]
@@ -174,13 +184,13 @@ cdef inline Py_ssize_t select(const real *x, const uint8_t *mask, Py_ssize_t n, 
 
 
 cdef inline real planar_pivot(const real *x, const uint8_t *mask, Py_ssize_t n, real *copy, real *size) noexcept nogil:
-    """About the mean of a tile: of its first values or, with a mask, of those that count. Also the mean of |x|."""
-    cdef real mean[LANES]
-    cdef Py_ssize_t lanes = min(n, LANES), j
+    """About the mean of some values: of the first ones or, with a mask, of those that count. Also the mean of |x|."""
+    cdef real mean[VECTOR]
+    cdef Py_ssize_t lanes = min(n, VECTOR), j
     cdef double count
     cdef real pivot
     if mask == NULL:
-        lane_means[real](x, lanes, min(n // lanes, PIVOT_ROWS), lanes, mean, copy)
+        lane_means[real](x, lanes, PIVOT_ROWS if n >= PIVOT_ROWS * VECTOR else 1, lanes, mean, copy)
         size[0] = <real> (total[real](copy, lanes) / lanes)
         return on_grid[real](<real> (total[real](mean, lanes) / lanes), size[0])
     count = max(select[real](x, mask, n, 0, copy), 1)
@@ -191,91 +201,164 @@ cdef inline real planar_pivot(const real *x, const uint8_t *mask, Py_ssize_t n, 
     return on_grid[real](pivot, size[0])
 
 
-cdef void planar_block(const real *x, const uint8_t *mask, Py_ssize_t n, real pivot, real *copy, double *moments, bint exact) noexcept nogil:
-    """The moments of n <= TILE values of one group; where the mask is 0 they do not count."""
-    cdef Py_ssize_t j
-    cdef double count = n, sum1 = 0, sum2 = 0
-    cdef real power = 1, big = 0
-    if mask != NULL:
-        count = select[real](x, mask, n, pivot, copy)
-        x = copy
-    while True:
-        accumulate[real](x, n, pivot, &sum1, &sum2)
-        if power != 1 or not lossy(sum2):
-            break
-        big = max(pivot, -pivot)
-        for j in range(n):  # rare: once more, with the values brought near 1
-            big = max(big, max(x[j], -x[j]))
-        power = <real> power_near(big)
-        if power == 1:
-            break
-        for j in range(n):
-            copy[j] = x[j] / power
-        x = copy
-        pivot = pivot / power
-    if exact and not lossy(sum2):
-        sum1 = sum_about[real](x, n, pivot)
+cdef inline void put_moments(double count, double sum1, double sum2, double pivot, double power, double *moments) noexcept nogil:
+    """From sums about a pivot, all of values divided by a power of two."""
+    cdef double mean = sum1 / max(count, 1.0)
     moments[COUNT] = count
-    moments[PIVOT] = <double> pivot * power
-    moments[SHIFT] = sum1 / max(count, 1.0) * power
-    moments[M2] = (sum2 - sum1 * (sum1 / max(count, 1.0))) * power * power
+    moments[PIVOT] = pivot * power
+    moments[SHIFT] = mean * power
+    moments[M2] = (sum2 - sum1 * mean) * power * power
+
+
+cdef inline real largest(const real *x, Py_ssize_t n, real big) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        big = max(big, abs(x[j]))
+    return big
+
+
+cdef void planar_block(const Job *job, const Span *whole, bint seen, real *pivot, real *size, double *moments) noexcept nogil:
+    """The moments of a span, of one group: where it lies if that can be, else in pieces. If no value of the group was
+    `seen` before, this finds the pivot."""
+    cdef real buffer[PIECE]
+    cdef real copy[PIECE]
+    cdef uint8_t mbuffer[PIECE]
+    cdef double sums[2 * VECTOR]
+    cdef double count, sum2
+    cdef real power = 1, big = 0
+    cdef Py_ssize_t row, j
+    cdef const real *x
+    cdef const uint8_t *mask
+    cdef Span t
+    cdef int sweep
+    for sweep in range(3):
+        memset(sums, 0, sizeof(sums))
+        count = 0
+        t = whole[0]
+        while t.lanes > 0:
+            x = direct[real](job, &job.x, &t, buffer, &row)
+            if x == buffer or job.mask.data != NULL or sweep:
+                t.lanes = min(t.lanes, PIECE)
+                x = load[real](job, &job.x, &t, buffer, &row)
+            mask = load_mask(job, t, t.lanes, mbuffer)
+            if count == 0 and not seen:
+                pivot[0] = planar_pivot[real](x, mask, min(t.lanes, PIECE), copy, size)
+            if mask == NULL:
+                count += t.lanes
+            else:
+                count += select[real](x, mask, t.lanes, pivot[0], copy)
+                x = copy
+            if sweep == 1:
+                for j in range(t.lanes):
+                    big = max(big, abs(x[j]))
+            else:
+                if power != 1:
+                    for j in range(t.lanes):
+                        copy[j] = x[j] / power
+                    x = copy
+                accumulate[real](x, t.lanes, pivot[0] / power, sums)
+            advance(job, whole, &t)
+        if sweep == 1:  # rare: the largest value is sought, and the sums taken once more with it brought near 1
+            power = <real> power_near(max(big, abs(pivot[0])))
+            continue
+        sum2 = total[double](sums + VECTOR, VECTOR)
+        if not lossy(sum2):
+            break
+    put_moments(count, total[double](sums, VECTOR), sum2, <double> pivot[0] / power, power, moments)
+
+
+cdef void small_block(const Job *job, const Span *whole, double *moments) noexcept nogil:
+    """The moments of a span, of one group, of which fewer than SMALL values count: in float64, as so few float32 roundings
+    do not average out."""
+    cdef double tile[SMALL]
+    cdef double piece[PIECE]
+    cdef uint8_t mbuffer[PIECE]
+    cdef double sums[2 * VECTOR]
+    cdef double pivot = 0, size = 0, sum1, sum2, power = 1
+    cdef Py_ssize_t count = 0, j
+    cdef const uint8_t *mask
+    cdef bint exact = job.x.storage == FLOAT64
+    cdef int attempt
+    cdef Span t = whole[0]
+    while t.lanes > 0:
+        t.lanes = min(t.lanes, PIECE)
+        mask = load_mask(job, t, t.lanes, mbuffer)
+        if mask == NULL:  # then there is one piece
+            move[double](job, &job.x, &t, tile, False)
+            count = t.lanes
+        elif counted(mask, t.lanes) > 0:
+            move[double](job, &job.x, &t, piece, False)
+            for j in range(t.lanes):
+                if mask[j] != 0:
+                    tile[count] = piece[j]
+                    count += 1
+        advance(job, whole, &t)
+    if count > 0:  # any value is within sqrt(SMALL) standard deviations of the mean, unless float32 is too short for that
+        pivot = planar_pivot[double](tile, NULL, count, piece, &size) if exact else tile[0]
+    for attempt in range(2):
+        memset(sums, 0, sizeof(sums))
+        accumulate[double](tile, count, pivot, sums)
+        sum1 = total[double](sums, VECTOR)
+        sum2 = total[double](sums + VECTOR, VECTOR)
+        if attempt == 1 or not exact or not lossy(sum2):
+            break
+        size = abs(pivot)
+        for j in range(count):
+            size = max(size, abs(tile[j]))
+        power = power_near(size)
+        for j in range(count):
+            tile[j] /= power
+        pivot /= power
+    if exact and not lossy(sum2):
+        sum1 = sum_about(tile, count, pivot)
+    put_moments(count, sum1, sum2, pivot, power, moments)
+
+
+cdef inline bint small(const Job *job, const Span *t) noexcept nogil:
+    """Whether a mask leaves fewer than SMALL values of a span."""
+    cdef uint8_t mbuffer[PIECE]
+    cdef Py_ssize_t count = 0
+    cdef Span piece = t[0]
+    if job.mask.data == NULL:
+        return False
+    while piece.lanes > 0 and count < SMALL:
+        piece.lanes = min(piece.lanes, PIECE)
+        count += counted(load_mask(job, piece, piece.lanes, mbuffer), piece.lanes)
+        advance(job, t, &piece)
+    return count < SMALL
 
 
 cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
-    cdef real xtile[TILE]
-    cdef uint8_t mtile[TILE]
-    cdef real copy[TILE]
     cdef double block[4]
-    cdef Py_ssize_t pos, stop, row
+    cdef Py_ssize_t pos, stop
     cdef real pivot = 0, next_pivot = 0, size = 0
-    cdef const real *x
-    cdef const uint8_t *mask
+    cdef bint seen = False
     cdef Unit u = unit_of(job, unit)
     cdef Span t
     bounds(job, chunk, &pos, &stop)
-    t.n = u.n
-    t.rows = 1
-    t.planar = True
     while pos < stop:
-        t.c = u.c + pos // job.S
-        t.s = pos % job.S
-        t.lanes = min(stop - pos, TILE)
-        x = load[real](job, &job.x, &t, xtile, &row)
-        mask = load_mask(job, t, t.lanes, mtile)
-        if found[COUNT] == 0:  # so far nothing was seen, or all of it masked
-            pivot = next_pivot = planar_pivot[real](x, mask, t.lanes, copy, &size)
-        planar_block[real](x, mask, t.lanes, pivot, copy, block, False)
+        t = planar_span(job, &u, pos, min(stop - pos, BLOCK))
+        if small(job, &t):
+            small_block(job, &t, block)
+        else:
+            planar_block[real](job, &t, seen, &pivot, &size, block)
+            # The mean of this block is the pivot of the block after the next: the next one need not wait for it.
+            pivot = next_pivot if seen else pivot
+            size = max(size, abs(<real> block[PIVOT]))
+            next_pivot = on_grid[real](<real> (block[PIVOT] + block[SHIFT]), size) if seen else pivot
+            seen = True
         merge(found, block, 1)
-        # The mean of this block is the pivot of the block after the next: the next one need not wait for it.
-        pivot = next_pivot
-        next_pivot = on_grid[real](<real> (block[PIVOT] + block[SHIFT]), size)
         pos += t.lanes
 
 
 cdef void small_moments(const Job *job, Py_ssize_t unit, double *found) noexcept nogil:
-    """The moments of groups of fewer than SMALL values, in either layout, in float64: so few float32 roundings do not
-    average out."""
-    cdef double xtile[SMALL]
-    cdef uint8_t mtile[SMALL]
-    cdef double copy[SMALL]
+    """The moments of groups of fewer than SMALL values, in either layout."""
     cdef double block[4]
-    cdef double pivot, size = 0
-    cdef const uint8_t *mask
     cdef Unit u = unit_of(job, unit)
     cdef Py_ssize_t g, field
     cdef Span t
-    t.n = u.n
-    t.s = 0
-    t.rows = 1
-    t.planar = True
-    t.lanes = job.K * job.S
     for g in range(u.groups):
-        t.c = u.c + g * job.K
-        move[double](job, &job.x, &t, xtile, False)
-        mask = load_mask(job, t, t.lanes, mtile)
-        pivot = xtile[0]  # within sqrt(SMALL) standard deviations of the mean, unless float32 is too short for that
-        if mask != NULL or job.x.storage == FLOAT64:
-            pivot = planar_pivot[double](xtile, mask, t.lanes, copy, &size)
-        planar_block[double](xtile, mask, t.lanes, pivot, copy, block, job.x.storage == FLOAT64)
+        t = planar_span(job, &u, g * job.K * job.S, job.K * job.S)
+        small_block(job, &t, block)
         for field in range(4):
             found[field * u.groups + g] = block[field]

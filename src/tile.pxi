@@ -157,12 +157,42 @@ cdef void move(const Job *job, const View *v, const Span *t, real *tile, bint st
             c += 1
 
 
+cdef inline Span planar_span(const Job *job, const Unit *u, Py_ssize_t pos, Py_ssize_t n) noexcept nogil:
+    """So many values of a unit, from the one at pos on."""
+    cdef Span t
+    t.n = u.n
+    t.c = u.c + pos // job.S
+    t.s = pos % job.S
+    t.rows = 1
+    t.lanes = n
+    t.planar = True
+    return t
+
+
+cdef inline void advance(const Job *job, const Span *whole, Span *t) noexcept nogil:
+    """From a planar span, a part of a whole, to what is left of that behind it."""
+    cdef Py_ssize_t stop = (whole.c - t.c) * job.S + whole.s + whole.lanes  # counted from channel t.c on
+    t.s += t.lanes
+    t.lanes = stop - t.s
+    if t.s >= job.S:
+        t.c += t.s // job.S
+        t.s %= job.S
+
+
 cdef inline bint in_one_run(const Job *job, const View *v, const Span *t) noexcept nogil:
     """Whether a planar span's values follow one another in memory."""
     cdef Py_ssize_t inner = v.shape[v.ndim - 1]
     if v.stride[v.ndim - 1] != v.itemsize:
         return False
-    return t.s % inner + t.lanes <= inner or (v.ndim == 1 and v.channel_stride == job.S * v.itemsize)
+    return (t.s if v.ndim == 1 else t.s % inner) + t.lanes <= inner or (v.ndim == 1 and v.channel_stride == job.S * v.itemsize)
+
+
+cdef inline Py_ssize_t counted(const uint8_t *mask, Py_ssize_t n) noexcept nogil:
+    cdef int count = 0
+    cdef Py_ssize_t j
+    for j in range(n):
+        count += mask[j] != 0
+    return count
 
 
 cdef inline const uint8_t *load_mask(const Job *job, Span t, Py_ssize_t positions, uint8_t *buffer) noexcept nogil:
