@@ -51,7 +51,7 @@ cdef inline void accumulate_step(const real *x, real p, real *sums) noexcept nog
 
 cdef inline void accumulate(const real *x, Py_ssize_t n, real p, double *sums) noexcept nogil:
     """Add sum(x - p) and sum((x - p)^2) of values that lie in a row to VECTOR lanes each. Those of a piece are summed in
-    the compute type: eight roundings in a chain at most, if the piece is whole."""
+    the compute type: six roundings in a chain at most, if the piece is whole."""
     cdef real part[2 * VECTOR]
     cdef real d
     cdef Py_ssize_t r, j
@@ -271,7 +271,7 @@ cdef void small_block(const Job *job, const Span *whole, double *moments) noexce
     """The moments of a span, of one group, of which fewer than SMALL values count: in float64, as so few float32 roundings
     do not average out."""
     cdef double tile[SMALL]
-    cdef double piece[PIECE]
+    cdef double piece[SMALL]
     cdef uint8_t mbuffer[PIECE]
     cdef double sums[2 * VECTOR]
     cdef double pivot = 0, size = 0, sum1, sum2, power = 1
@@ -283,9 +283,9 @@ cdef void small_block(const Job *job, const Span *whole, double *moments) noexce
     while t.lanes > 0:
         t.lanes = min(t.lanes, PIECE)
         mask = load_mask(job, t, t.lanes, mbuffer)
-        if mask == NULL:  # then there is one piece
-            move[double](job, &job.x, &t, tile, False)
-            count = t.lanes
+        if mask == NULL:
+            move[double](job, &job.x, &t, tile + count, False)
+            count += t.lanes
         elif counted(mask, t.lanes) > 0:
             move[double](job, &job.x, &t, piece, False)
             for j in range(t.lanes):
