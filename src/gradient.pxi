@@ -8,33 +8,36 @@
 # those of the affine. Derivation: docs/gradient.md.
 
 
+cdef inline void product_step(const real *x, const real *dy, double mean, double *sums) noexcept nogil:
+    """Four values to a lane, of SHORT in a row."""
+    cdef Py_ssize_t j
+    for j in range(QUARTER):
+        sums[j] += ((<double> dy[j] + <double> dy[j + QUARTER])
+                    + (<double> dy[j + 2 * QUARTER] + <double> dy[j + 3 * QUARTER]))
+        sums[QUARTER + j] += ((dy[j] * (x[j] - mean) + dy[j + QUARTER] * (x[j + QUARTER] - mean))
+                              + (dy[j + 2 * QUARTER] * (x[j + 2 * QUARTER] - mean)
+                                 + dy[j + 3 * QUARTER] * (x[j + 3 * QUARTER] - mean)))
+
+
 cdef inline void accumulate_products(const real *x, const real *dy, Py_ssize_t n, double mean, double *sum1, double *sum2) noexcept nogil:
     """Add sum(dy) and sum(dy * (x - mean)) of values that lie in a row. In float64, where products of float32 are exact:
     a and b may cancel to much less than the terms of their sums."""
-    cdef double s1[VECTOR]
-    cdef double s2[VECTOR]
-    cdef Py_ssize_t rows = n // VECTOR, r, j
-    for j in range(VECTOR):
-        s1[j] = 0
-        s2[j] = 0
-    for j in range(n % VECTOR):
-        s1[j] += dy[rows * VECTOR + j]
-        s2[j] += dy[rows * VECTOR + j] * (x[rows * VECTOR + j] - mean)
-    for r in range(rows % 4):
-        for j in range(VECTOR):
-            s1[j] += dy[j]
-            s2[j] += dy[j] * (x[j] - mean)
-        x += VECTOR
-        dy += VECTOR
-    for r in range(rows // 4):
-        for j in range(VECTOR):
-            s1[j] += (<double> dy[j] + <double> dy[j + VECTOR]) + (<double> dy[j + 2 * VECTOR] + <double> dy[j + 3 * VECTOR])
-            s2[j] += ((dy[j] * (x[j] - mean) + dy[j + VECTOR] * (x[j + VECTOR] - mean))
-                      + (dy[j + 2 * VECTOR] * (x[j + 2 * VECTOR] - mean) + dy[j + 3 * VECTOR] * (x[j + 3 * VECTOR] - mean)))
-        x += 4 * VECTOR
-        dy += 4 * VECTOR
-    sum1[0] += total[double](s1, VECTOR)
-    sum2[0] += total[double](s2, VECTOR)
+    cdef double sums[2 * QUARTER]
+    cdef real xrest[SHORT]
+    cdef real dyrest[SHORT]
+    cdef Py_ssize_t r, j, rest = n % SHORT
+    memset(sums, 0, sizeof(sums))
+    for r in range(n // SHORT):
+        product_step[real](x, dy, mean, sums)
+        x += SHORT
+        dy += SHORT
+    if rest:
+        for j in range(SHORT):
+            xrest[j] = x[j] if j < rest else <real> 0
+            dyrest[j] = dy[j] if j < rest else <real> 0
+        product_step[real](xrest, dyrest, mean, sums)
+    sum1[0] += total[double](sums, QUARTER)
+    sum2[0] += total[double](sums + QUARTER, QUARTER)
 
 
 cdef inline void slope_of_dy(real scale, real power, real *first, real *second) noexcept nogil:
@@ -49,6 +52,17 @@ cdef inline void slope_of_dy(real scale, real power, real *first, real *second) 
 cdef inline real one_nan(real v) noexcept nogil:
     """v, and one NaN for all: of two NaNs in a sum or product the compiler chooses which one's sign is kept."""
     return v if v == v else <real> NAN
+
+
+cdef inline void gradient_run(const real *x, const real *dy, real *y, Py_ssize_t n, real power, real mean, real a, real b,
+                              real slope, real constant) noexcept nogil:
+    """dx on values of a channel; the last SHORT overlap those before, as in planar_run."""
+    cdef Py_ssize_t j
+    for j in range(n // SHORT * SHORT if n > SHORT else n):
+        y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
+    if n > SHORT and n % SHORT:
+        for j in range(n - SHORT, n):
+            y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
 
 
 cdef const real *before_activation(const Job *job, const Span *t, real *z, real *tile, Py_ssize_t *row) noexcept nogil:
@@ -201,8 +215,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
                 slope_of_dy[real](scale[c], power, &a, &b)
                 if sloped:
-                    for j in range(i, run):
-                        y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
+                    gradient_run[real](x + i, dy + i, y + i, run - i, power, mean, a, b, slope, constant)
                 else:
                     for j in range(i, run):
                         y[j] = one_nan[real](dy[j] * a * b - ztile[j])

@@ -37,7 +37,8 @@ cdef enum:
     AHEAD = 4096  # values after those at work that channels-last walks fetch: 16 KiB of float32
     PIVOT_ROWS = 8  # of values averaged for a pivot: 0.4 standard deviations from the mean are as good as none
     SMALL = 512  # groups of fewer values have their moments computed in float64
-    SHORT = 32  # channels of fewer positions are worked on many at a time; loops of 16 steps and less would not be vectorised
+    SHORT = 32  # channels of fewer positions are worked on many at a time; GCC unrolls loops of 16 steps and vectorises none
+    QUARTER = SHORT // 4
 
 include "moments.pxi"
 include "affine.pxi"
