@@ -64,50 +64,80 @@ cdef inline void accumulate_rows(const real *x, Py_ssize_t row, Py_ssize_t rows,
         x += row
 
 
-cdef void interleaved_block(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes,
-                            real *copy, real *size, double *moments, Py_ssize_t n) noexcept nogil:
-    """The moments of the first `lanes` of n sets, one a lane. The pivot is the lane's mean in the block before, whose
-    moments are overwritten."""
-    cdef real p[WIDTH]
-    cdef real s1[WIDTH]
-    cdef real s2[WIDTH]
-    cdef real power[WIDTH]
-    cdef double mean, share = 1.0 / rows
-    cdef Py_ssize_t r, j
-    cdef bint again = False
-    if moments[COUNT * n + lanes - 1] > 0:
+cdef void interleaved_pivots(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes, bint seen,
+                             real *p, real *size) noexcept nogil:
+    """A pivot for each lane: its mean in the block before or, at first, that of some rows."""
+    cdef Py_ssize_t j
+    if seen:
         for j in range(lanes):
-            p[j] = <real> (moments[PIVOT * n + j] + moments[SHIFT * n + j])
+            size[j] = max(size[j], abs(p[j]))
     else:
         lane_means[real](x, row, min(rows, PIVOT_ROWS), lanes, p, size)
     for j in range(lanes):
         p[j] = on_grid[real](p[j], size[j])
-        power[j] = 1
-        s1[j] = 0
-        s2[j] = 0
+
+
+cdef void interleaved_sums(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes, const real *p, bint few,
+                           real *copy, double *sum1, double *sum2) noexcept nogil:
+    """Add sum(x - p) and sum((x - p)^2) of each lane to those of its block. Where few values count they are summed in
+    float64 from the start."""
+    cdef real s1[WIDTH]
+    cdef real s2[WIDTH]
+    cdef real power[WIDTH]
+    cdef real near[WIDTH]
+    cdef double d
+    cdef Py_ssize_t r, j
+    cdef bint again = False
+    if few:
+        for r in range(rows):
+            for j in range(lanes):
+                d = <double> x[r * row + j] - p[j]
+                sum1[j] += d
+                sum2[j] += d * d
+        return
+    memset(s1, 0, lanes * sizeof(real))
+    memset(s2, 0, lanes * sizeof(real))
     accumulate_rows[real](x, row, rows, lanes, p, s1, s2)
     for j in range(lanes):
         again |= lossy(s2[j])
-    if again:  # rare: once more, with the values of such lanes brought near 1
+    if not again:
         for j in range(lanes):
-            if lossy(s2[j]):
-                power[j] = max(p[j], -p[j])
-                for r in range(rows):
-                    power[j] = max(power[j], max(x[r * row + j], -x[r * row + j]))
-                power[j] = <real> power_near(power[j])
-            p[j] = p[j] / power[j]
-            s1[j] = 0
-            s2[j] = 0
-        for r in range(rows):
-            for j in range(lanes):
-                copy[r * lanes + j] = x[r * row + j] / power[j]
-        accumulate_rows[real](copy, lanes, rows, lanes, p, s1, s2)
+            sum1[j] += s1[j]
+            sum2[j] += s2[j]
+        return
+    for j in range(lanes):  # rare: once more, with the values of such lanes brought near 1
+        power[j] = 1
+        if lossy(s2[j]):
+            power[j] = abs(p[j])
+            for r in range(rows):
+                power[j] = max(power[j], abs(x[r * row + j]))
+            power[j] = <real> power_near(power[j])
+        near[j] = p[j] / power[j]
+        s1[j] = 0
+        s2[j] = 0
+    for r in range(rows):
+        for j in range(lanes):
+            copy[r * lanes + j] = x[r * row + j] / power[j]
+    accumulate_rows[real](copy, lanes, rows, lanes, near, s1, s2)
     for j in range(lanes):
-        mean = s1[j] * share
-        moments[COUNT * n + j] = rows
-        moments[PIVOT * n + j] = <double> p[j] * power[j]
-        moments[SHIFT * n + j] = mean * power[j]
-        moments[M2 * n + j] = (s2[j] - s1[j] * mean) * power[j] * power[j]
+        sum1[j] += <double> s1[j] * power[j]
+        sum2[j] += <double> s2[j] * power[j] * power[j]
+
+
+cdef void close_block(real *p, double *count, double *sum1, double *sum2, double *lane, Py_ssize_t n) noexcept nogil:
+    """Merge the blocks of n lanes with what is known of these, and begin others about their means."""
+    cdef double block[4 * WIDTH]
+    cdef double mean
+    cdef Py_ssize_t j
+    for j in range(n):
+        mean = sum1[j] / max(count[j], 1.0)
+        block[COUNT * n + j] = count[j]
+        block[PIVOT * n + j] = p[j]
+        block[SHIFT * n + j] = mean
+        block[M2 * n + j] = sum2[j] - sum1[j] * mean
+        p[j] = <real> (p[j] + mean)
+        count[j] = sum1[j] = sum2[j] = 0
+    merge(lane, block, n)
 
 
 cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ssize_t channels, double *one) noexcept nogil:
@@ -131,17 +161,37 @@ cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ss
     one[M2] = sum2
 
 
+cdef bint few_count(const Job *job, Py_ssize_t n) noexcept nogil:
+    """Whether a mask leaves fewer than SMALL values of the groups of a sample."""
+    cdef uint8_t mbuffer[PIECE]
+    cdef Py_ssize_t count = 0, positions
+    cdef Span t
+    t.n = n
+    t.c = t.s = 0
+    t.rows = 1
+    t.planar = True
+    while job.mask.data != NULL and t.s < job.S and count * job.K < SMALL:
+        positions = min(job.S - t.s, PIECE)
+        count += counted(load_mask(job, t, positions, mbuffer), positions)
+        t.s += positions
+    return job.mask.data != NULL and count * job.K < SMALL
+
+
 cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
     cdef real xtile[AREA]
     cdef uint8_t mtile[POSITIONS]
     cdef real copy[AREA]
     cdef real size[WIDTH]
+    cdef real p[WIDTH]
+    cdef double count[WIDTH]
+    cdef double sum1[WIDTH]
+    cdef double sum2[WIDTH]
     cdef double lane[4 * WIDTH]
-    cdef double block[4 * WIDTH]
     cdef double one[4]
     cdef double group[4]
     cdef Unit u = unit_of(job, unit)
-    cdef Py_ssize_t c = u.c, stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, rows, left, i, run, g, field
+    cdef Py_ssize_t c = u.c, stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, rows, left, i, j, run, g, field
+    cdef bint few = few_count(job, u.n)
     cdef const real *x
     cdef const uint8_t *mask
     cdef Span t
@@ -151,7 +201,9 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
         width = strip(job, c, u.c + u.channels)
         n = widest(width)
         memset(lane, 0, 4 * n * sizeof(double))
-        memset(block, 0, 4 * n * sizeof(double))
+        for j in range(n):
+            count[j] = sum1[j] = sum2[j] = 0
+            p[j] = 0
         t.c = c
         t.s = chunk * job.chunk
         t.lanes = width
@@ -167,16 +219,21 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
             while left > 0:
                 fold = min(n // width, left)
                 rows = left // fold
-                interleaved_block[real](x, row * fold, rows, fold * width, copy, size, block, n)
-                for i in range(fold * width, n):
-                    block[COUNT * n + i] = block[M2 * n + i] = 0
-                if mask == NULL and fold * width == n:
-                    merge_alike(lane, block, n)
-                else:
-                    merge(lane, block, n)
+                j = 0
+                while j < fold * width and count[j] > 0:  # a row may hold more positions than those before
+                    j += width
+                if j < fold * width:
+                    interleaved_pivots[real](x + j, row * fold, rows, fold * width - j,
+                                             lane[COUNT * n + fold * width - 1] > 0, p + j, size + j)
+                interleaved_sums[real](x, row * fold, rows, fold * width, p, few, copy, sum1, sum2)
+                for j in range(fold * width):
+                    count[j] += rows
                 x += rows * fold * row
                 left -= rows * fold
+            if count[0] * (n // width) >= 4 * ROWS:
+                close_block[real](p, count, sum1, sum2, lane, n)
             t.s += t.rows
+        close_block[real](p, count, sum1, sum2, lane, n)
         i = 0
         while i < width:
             run = min(width - i, job.K - (c + i) % job.K)

@@ -2,33 +2,20 @@
 # planar walk. That of channels-last lives in interleaved.pxi, what is done with the moments in affine.pxi.
 
 
-cdef inline void merge_one(double count, double other_count, double share, double *into, const double *other, Py_ssize_t n) noexcept nogil:
-    """Chan, Golub and LeVeque (1983): the moments of two sets from the moments of each; `share` is the other's."""
-    cdef double delta
-    into[PIVOT * n] = other[PIVOT * n] if count == 0 else into[PIVOT * n]
-    delta = (other[PIVOT * n] - into[PIVOT * n]) + (other[SHIFT * n] - into[SHIFT * n])
-    delta = delta if other_count > 0 else 0
-    into[SHIFT * n] += delta * share
-    into[M2 * n] += other[M2 * n] + delta * delta * (count * share)
-    into[COUNT * n] = count + other_count
-
-
 cdef void merge(double *into, const double *other, Py_ssize_t n) noexcept nogil:
-    """Merge n sets with n others."""
-    cdef double count, other_count
+    """Merge n sets with n others: Chan, Golub and LeVeque (1983)."""
+    cdef double count, other_count, share, delta
     cdef Py_ssize_t i
     for i in range(n):
         count = into[COUNT * n + i]
         other_count = other[COUNT * n + i]
-        merge_one(count, other_count, other_count / max(count + other_count, 1.0), into + i, other + i, n)
-
-
-cdef void merge_alike(double *into, const double *other, Py_ssize_t n) noexcept nogil:
-    """The same if all n have one count and all others one: without n divisions."""
-    cdef double count = into[COUNT * n], other_count = other[COUNT * n], share = other_count / max(count + other_count, 1.0)
-    cdef Py_ssize_t i
-    for i in range(n):
-        merge_one(count, other_count, share, into + i, other + i, n)
+        share = other_count / max(count + other_count, 1.0)
+        into[PIVOT * n + i] = other[PIVOT * n + i] if count == 0 else into[PIVOT * n + i]
+        delta = (other[PIVOT * n + i] - into[PIVOT * n + i]) + (other[SHIFT * n + i] - into[SHIFT * n + i])
+        delta = delta if other_count > 0 else 0
+        into[SHIFT * n + i] += delta * share
+        into[M2 * n + i] += other[M2 * n + i] + delta * delta * (count * share)
+        into[COUNT * n + i] = count + other_count
 
 
 cdef inline void accumulate_step(const real *x, real p, real *sums) noexcept nogil:
@@ -173,14 +160,13 @@ cdef inline double power_near(double v) noexcept nogil:
     return min(max(gn_power_of_two(v), 2.0 ** -126), 2.0 ** 126)
 
 
-cdef inline Py_ssize_t select(const real *x, const uint8_t *mask, Py_ssize_t n, real other, real *copy) noexcept nogil:
-    """Copy the values that count, and another for those that don't; return how many do."""
-    cdef int count = 0
+cdef inline void select(const real *x, const uint8_t *mask, Py_ssize_t n, real other, real *copy) noexcept nogil:
+    """Copy the values that count, and another for those that don't."""
+    cdef real v
     cdef Py_ssize_t j
     for j in range(n):
-        copy[j] = x[j] if mask[j] != 0 else other
-        count += mask[j] != 0
-    return count
+        v = x[j]  # whatever the mask says: a load that depends on it takes ten times as long
+        copy[j] = v if mask[j] != 0 else other
 
 
 cdef inline real planar_pivot(const real *x, const uint8_t *mask, Py_ssize_t n, real *copy, real *size) noexcept nogil:
@@ -193,7 +179,8 @@ cdef inline real planar_pivot(const real *x, const uint8_t *mask, Py_ssize_t n, 
         lane_means[real](x, lanes, PIVOT_ROWS if n >= PIVOT_ROWS * VECTOR else 1, lanes, mean, copy)
         size[0] = <real> (total[real](copy, lanes) / lanes)
         return on_grid[real](<real> (total[real](mean, lanes) / lanes), size[0])
-    count = max(select[real](x, mask, n, 0, copy), 1)
+    count = max(counted(mask, n), 1)
+    select[real](x, mask, n, 0, copy)
     pivot = <real> (total[real](copy, n) / count)
     for j in range(n):
         copy[j] = abs(copy[j])
@@ -246,7 +233,8 @@ cdef void planar_block(const Job *job, const Span *whole, bint seen, real *pivot
             if mask == NULL:
                 count += t.lanes
             else:
-                count += select[real](x, mask, t.lanes, pivot[0], copy)
+                count += counted(mask, t.lanes)
+                select[real](x, mask, t.lanes, pivot[0], copy)
                 x = copy
             if sweep == 1:
                 for j in range(t.lanes):

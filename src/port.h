@@ -59,7 +59,7 @@ static inline float gn_from_bfloat(uint16_t b) { return gn_float_of_bits((uint32
 static inline uint16_t gn_to_bfloat(float f) {
     uint32_t u = gn_bits_of_float(f);
     uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16, nan = (u >> 16) | 0x0040u;
-    return (uint16_t)((u & 0x7FFFFFFFu) > 0x7F800000u ? nan : rounded);
+    return (uint16_t)(f != f ? nan : rounded);
 }
 
 static inline void gn_widen_half(const uint16_t *h, float *f, ptrdiff_t n) {
