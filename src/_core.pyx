@@ -770,8 +770,8 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     # Up to 64 blocks of samples, or each sample where a gradient is wanted for each, by shape only.
     each = (w is not None and cnp.PyArray_NDIM(w) == 2) or (b is not None and cnp.PyArray_NDIM(b) == 2)
     job.block = 1 if each else max(1, (job.N + 63) // 64)
-    shape = (max(1, (job.N + job.block - 1) // job.block), job.C)
-    dweight, dbias = np.zeros(shape), np.zeros(shape)
+    blocks = max(1, (job.N + job.block - 1) // job.block)
+    dweight, dbias = fresh_zeros(blocks, job.C), fresh_zeros(blocks, job.C)
     job.dweight = <double *> cnp.PyArray_DATA(dweight)
     job.dbias = <double *> cnp.PyArray_DATA(dbias)
     add_pass(&call, kernel.sums)
