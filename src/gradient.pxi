@@ -116,9 +116,11 @@ cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) 
             w = of_channels[double](&job.weight, u.n, u.c + c, channels, 1, weight)
             dbias = job.dbias + u.n // job.block * job.C + u.c + c
             dweight = job.dweight + u.n // job.block * job.C + u.c + c
+            for i in range(channels):  # one array in a loop: with more GCC has too many overlaps to rule out
+                product[i] = rstd * sums[u.channels + c + i]
             for i in range(channels):
                 dbias[i] += sums[c + i]
-                product[i] = rstd * sums[u.channels + c + i]
+            for i in range(channels):
                 dweight[i] += product[i]
             a += dot(w, sums + c, channels)
             b += dot(w, product, channels)
@@ -147,6 +149,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real each_scale[WIDTH]
     cdef Py_ssize_t pos, stop, row, k, c, i, j, run
     cdef double *sums = NULL
+    cdef double whole_mean = known[PIVOT]
     cdef real power, mean, slope = 0, constant = 0, a = 0, b = 1
     cdef bint sloped
     cdef const real *x
@@ -184,12 +187,13 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
         if summing and job.S == 1:
             for j in range(t.lanes):
                 sums[k + j] += dy[j]
-                sums[u.channels + k + j] += dy[j] * (x[j] - known[PIVOT])
+            for j in range(t.lanes):
+                sums[u.channels + k + j] += dy[j] * (x[j] - whole_mean)
         elif summing:
             i = 0
             while i < t.lanes:
                 run = min(t.lanes - i, job.S - (t.s if i == 0 else 0))
-                accumulate_products[real](x + i, dy + i, run, known[PIVOT], sums + k, sums + u.channels + k)
+                accumulate_products[real](x + i, dy + i, run, whole_mean, sums + k, sums + u.channels + k)
                 i += run
                 k += 1
         else:
