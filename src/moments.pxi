@@ -197,13 +197,6 @@ cdef inline void put_moments(double count, double sum1, double sum2, double pivo
     moments[M2] = (sum2 - sum1 * mean) * power * power
 
 
-cdef inline real largest(const real *x, Py_ssize_t n, real big) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(n):
-        big = max(big, abs(x[j]))
-    return big
-
-
 cdef void planar_block(const Job *job, const Span *whole, bint seen, real *pivot, real *size, double *moments) noexcept nogil:
     """The moments of a span, of one group: where it lies if that can be, else in pieces. If no value of the group was
     `seen` before, this finds the pivot."""

@@ -36,7 +36,7 @@ LENGTHS = [
     *range(1, 200), 255, 256, 257, 511, 513, 1023, 1025, 1999, 2047, 2048, 2049, 2111, 2112, 2113, 4095,
     4096, 4097, 4160, 6143, 6211, 65535, 65536, 65537, 67583, 131071, 131073,
 ]  # fmt: skip
-# Channels-last works on up to 32 rows of up to 512 channels; few channels put several positions in a row.
+# Channels-last works on up to 32 rows of up to 512 channels, and on blocks of four such tiles; few channels put several positions in a row.
 CHANNELS = [
     2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 31, 32, 33, 42, 43, 60, 63, 64, 65, 66, 85, 96, 127,
     128, 129, 130, 171, 255, 256, 257, 384, 510, 511, 512, 513, 514, 768, 1023, 1024, 1025, 1026, 1536,
@@ -176,6 +176,22 @@ def test_huge_and_tiny_values_in_one_slab(layout):
     x = (rng.standard_normal((2, 4, 999)) * 10.0 ** rng.integers(-40, 37, (2, 4, 999))).astype(np.float32)
     x = in_layout(x, layout)
     assert_within_bound(gn_fast.group_norm(x, 2, eps=0.0), x, 2, eps=0.0)
+
+
+@both_layouts
+@pytest.mark.parametrize("spread", [False, True], ids=["the first", "any"])
+def test_few_values_that_a_mask_leaves_of_a_large_slab(spread, layout):
+    """float32 sums of few values do not average out, however large the slab is."""
+    rng = np.random.default_rng(0)
+    for channels in (2, 8):
+        for left in (1, 2, 3, 5, 9, 17, 30, 60, 100, 127, 250):
+            for positions in (512, 3000):
+                x = normal(rng, (2, channels, positions), mean=rng.choice([0.0, 1.0, 30.0]))
+                counts = np.arange(positions) < left
+                if spread:
+                    rng.shuffle(counts)
+                y = gn_fast.group_norm(in_layout(x, layout), 2, mask=counts)
+                assert_within_bound(y[..., counts], x[..., counts], 2, what=f"{channels}, {left} of {positions}")
 
 
 @both_layouts
