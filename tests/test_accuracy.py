@@ -36,8 +36,8 @@ LENGTHS = [
     *range(1, 200), 255, 256, 257, 511, 513, 1023, 1025, 1999, 2047, 2048, 2049, 2111, 2112, 2113, 4095,
     4096, 4097, 4160, 6143, 6211, 65535, 65536, 65537, 67583, 131071, 131073,
 ]  # fmt: skip
-# Channels-last works on up to 32 rows of up to 512 channels, and on blocks of four such tiles; few channels put
-# several positions in a row.
+# Channels-last works on up to 32 rows of up to 512 channels, and on blocks of four such tiles; few channels
+# put several positions in a row.
 CHANNELS = [
     2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 16, 17, 24, 31, 32, 33, 42, 43, 60, 63, 64, 65, 66, 85, 96, 127,
     128, 129, 130, 171, 255, 256, 257, 384, 510, 511, 512, 513, 514, 768, 1023, 1024, 1025, 1026, 1536,
