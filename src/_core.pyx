@@ -607,7 +607,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
         y = fresh_like(a)
     see_output(job, &job.y, y, call.axis)
     add_pass(&call, kernel.affine)
-    run(&call.plan, job, num_threads)
+    run(&call.plan, num_threads)
     result = finished(x, y, out)
     return (result, moments or statistics) if return_moments else result
 
@@ -663,7 +663,7 @@ def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
     statistics = empty_moments(&call.job)
     use_moments(&call.job, statistics)
     add_pass(&call, kernel.moments)
-    run(&call.plan, &call.job, num_threads)
+    run(&call.plan, num_threads)
     return statistics
 
 
@@ -777,6 +777,6 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     add_pass(&call, kernel.sums)
     add_pass(&call, kernel.gradient)
     call.plan.size = slopes_at(job) + 2 * job.unit_groups
-    run(&call.plan, job, num_threads)
+    run(&call.plan, num_threads)
     result = finished(x, dx, out), summed(dweight, w, job), summed(dbias, b, job)
     return result if residual is None else (*result, finished(x, dresidual, None))

@@ -161,22 +161,6 @@ cdef void gather_lanes(const double *lane, Py_ssize_t n, Py_ssize_t width, Py_ss
     one[M2] = sum2
 
 
-cdef bint few_count(const Job *job, Py_ssize_t n) noexcept nogil:
-    """Whether a mask leaves fewer than SMALL values of the groups of a sample."""
-    cdef uint8_t mbuffer[PIECE]
-    cdef Py_ssize_t count = 0, positions
-    cdef Span t
-    t.n = n
-    t.c = t.s = 0
-    t.rows = 1
-    t.planar = True
-    while job.mask.data != NULL and t.s < job.S and count * job.K < SMALL:
-        positions = min(job.S - t.s, PIECE)
-        count += counted(load_mask(job, t, positions, mbuffer), positions)
-        t.s += positions
-    return job.mask.data != NULL and count * job.K < SMALL
-
-
 cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
     cdef real xtile[AREA]
     cdef uint8_t mtile[POSITIONS]
@@ -191,11 +175,11 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
     cdef double group[4]
     cdef Unit u = unit_of(job, unit)
     cdef Py_ssize_t c = u.c, stop = min((chunk + 1) * job.chunk, job.S), width, fold, n, row, rows, left, i, j, run, g, field
-    cdef bint few = few_count(job, u.n)
+    cdef bint few
     cdef const real *x
     cdef const uint8_t *mask
-    cdef Span t
-    t.n = u.n
+    cdef Span t = planar_span(job, &u, 0, job.S)  # a channel: all have one mask
+    few = sparse(job, &t, (SMALL + job.K - 1) // job.K)
     t.planar = False
     while c < u.c + u.channels:
         width = strip(job, c, u.c + u.channels)

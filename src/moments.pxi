@@ -295,18 +295,18 @@ cdef void small_block(const Job *job, const Span *whole, double *moments) noexce
     put_moments(count, sum1, sum2, pivot, power, moments)
 
 
-cdef inline bint small(const Job *job, const Span *t) noexcept nogil:
-    """Whether a mask leaves fewer than SMALL values of a span."""
+cdef bint sparse(const Job *job, const Span *t, Py_ssize_t least) noexcept nogil:
+    """Whether a mask leaves fewer than so many values of a planar span."""
     cdef uint8_t mbuffer[PIECE]
     cdef Py_ssize_t count = 0
     cdef Span piece = t[0]
     if job.mask.data == NULL:
         return False
-    while piece.lanes > 0 and count < SMALL:
+    while piece.lanes > 0 and count < least:
         piece.lanes = min(piece.lanes, PIECE)
         count += counted(load_mask(job, piece, piece.lanes, mbuffer), piece.lanes)
         advance(job, t, &piece)
-    return count < SMALL
+    return count < least
 
 
 cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
@@ -319,7 +319,7 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
     bounds(job, chunk, &pos, &stop)
     while pos < stop:
         t = planar_span(job, &u, pos, min(stop - pos, BLOCK))
-        if small(job, &t):
+        if sparse(job, &t, SMALL):
             small_block(job, &t, block)
         else:
             planar_block[real](job, &t, seen, &pivot, &size, block)

@@ -151,7 +151,7 @@ cdef enum:
     MAX_PASSES = 3
 
 cdef struct Plan:
-    const Job *job
+    Job *job
     Pass passes[MAX_PASSES]
     int count
     int threads
@@ -237,8 +237,9 @@ cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept n
     gn_stream_end()
 
 
-cdef int run(Plan *plan, Job *job, wanted_threads) except -1:
+cdef int run(Plan *plan, wanted_threads) except -1:
     """Carry the plan out on as many threads as are worth it."""
+    cdef Job *job = plan.job
     cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes
     cdef bint together
     cdef int thread
@@ -255,7 +256,9 @@ cdef int run(Plan *plan, Job *job, wanted_threads) except -1:
         or L2_BYTES < unit_bytes <= L2_BYTES * plan.threads
         or LAST_LEVEL_BYTES // plan.threads < unit_bytes <= LAST_LEVEL_BYTES)
     plan.batch = min(job.units, max(1, L2_BYTES // 4 // (unit_bytes + plan.size * <Py_ssize_t> sizeof(double))))
-    job.ahead = 0 if values * job.x.itemsize <= LAST_LEVEL_BYTES or together or 2 * plan.batch * unit_bytes > L2_BYTES else plan.batch * unit_bytes
+    job.ahead = 0
+    if not together and values * job.x.itemsize > LAST_LEVEL_BYTES and 2 * plan.batch * unit_bytes <= L2_BYTES:
+        job.ahead = plan.batch * unit_bytes
     plan.scratch = <double *> PyMem_RawMalloc(
         (job.chunks if together else plan.threads * (plan.batch + 1)) * plan.size * sizeof(double))
     if plan.scratch == NULL:
