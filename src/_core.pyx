@@ -170,7 +170,7 @@ cdef int view(View *v, cnp.ndarray a, int axis) except -1:
     v.itemsize = cnp.PyArray_ITEMSIZE(a)
     v.sample_stride = stride[0]
     v.channel_stride = stride[axis]
-    v.buffered = v.streamed = False
+    v.streamed = False
     v.shape[0] = 1
     v.stride[0] = v.channel_stride
     for d in range(1, cnp.PyArray_NDIM(a)):
@@ -400,19 +400,17 @@ cdef struct Call:
     Job job
     Plan plan
     int axis
-    int wide  # computed in float64
 
 
 cdef int see_output(Job *job, View *v, cnp.ndarray a, int axis) except -1:
     """An output, streamed if it is larger than the last level cache."""
     view(v, a, axis)
     v.streamed = cnp.PyArray_NBYTES(a) > LAST_LEVEL_BYTES
-    v.buffered = v.streamed or v.data == job.x.data or v.data == job.dy.data or v.data == job.residual.data
     return 0
 
 
-cdef int add_pass(Call *call, Pass *of_types) except -1:
-    call.plan.passes[call.plan.count] = of_types[call.wide]
+cdef int add_pass(Call *call, const Pass *p) except -1:
+    call.plan.passes[call.plan.count] = p[0]
     call.plan.count += 1
     return 0
 
@@ -429,7 +427,6 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
     job.interleaved = False
     job.unit_groups = job.units = job.chunks = job.pieces = job.block = 1
     view_x(job, a, num_groups, axis, &call.axis)
-    call.wide = job.x.storage == FLOAT64
     call.plan.job = job
     call.plan.count = 0
     call.plan.size = 4 * job.unit_groups
@@ -483,7 +480,7 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
     if moments is not None:
         moments = checked_moments(job, moments, out)
         use_moments(job, moments)
-        add_pass(call, kernel.given)
+        add_pass(call, &kernel.given)
     return w, b, (r, m), num_threads, moments
 
 
@@ -593,7 +590,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     w, b, alive, num_threads, statistics = read_options(  # arrays named here stay alive until the end
         &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
     if statistics is None:
-        add_pass(&call, kernel.moments)
+        add_pass(&call, &kernel.moments)
         if return_moments:
             statistics = empty_moments(job)
             use_moments(job, statistics)
@@ -606,7 +603,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     if y is None:
         y = fresh_like(a)
     see_output(job, &job.y, y, call.axis)
-    add_pass(&call, kernel.affine)
+    add_pass(&call, &kernel.affine)
     run(&call.plan, num_threads)
     result = finished(x, y, out)
     return (result, moments or statistics) if return_moments else result
@@ -662,7 +659,7 @@ def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
     w, b, alive, num_threads, _ = read_options(&call, a, None, None, 0.0, None, None, mask, None, None, num_threads)
     statistics = empty_moments(&call.job)
     use_moments(&call.job, statistics)
-    add_pass(&call, kernel.moments)
+    add_pass(&call, &kernel.moments)
     run(&call.plan, num_threads)
     return statistics
 
@@ -758,7 +755,7 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     w, b, alive, num_threads, statistics = read_options(
         &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
     if statistics is None:
-        add_pass(&call, kernel.moments)
+        add_pass(&call, &kernel.moments)
     if out is not None and cnp.PyArray_ISBEHAVED(out):
         dx = out
     else:
@@ -774,8 +771,8 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     dweight, dbias = fresh_zeros(blocks, job.C), fresh_zeros(blocks, job.C)
     job.dweight = <double *> cnp.PyArray_DATA(dweight)
     job.dbias = <double *> cnp.PyArray_DATA(dbias)
-    add_pass(&call, kernel.sums)
-    add_pass(&call, kernel.gradient)
+    add_pass(&call, &kernel.sums)
+    add_pass(&call, &kernel.gradient)
     call.plan.size = slopes_at(job) + 2 * job.unit_groups
     run(&call.plan, num_threads)
     result = finished(x, dx, out), summed(dweight, w, job), summed(dbias, b, job)

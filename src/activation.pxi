@@ -226,24 +226,19 @@ cdef inline real mish_slope(real z) noexcept nogil:
     return z if z != z else e * (((e + <real>4) * e + (<real>4 * c + <real>6)) * e + <real>4 * (c + <real>1)) / (d * d)
 
 
-cdef void activate(int kind, real *y, Py_ssize_t n) noexcept nogil:
-    """y <- act(y)."""
-    cdef Py_ssize_t j
+cdef inline real activated(int kind, real z) noexcept nogil:
+    """act(z), for a kind known to the compiler."""
     if kind == RELU:
-        for j in range(n):
-            y[j] = relu(y[j])
+        return relu(z)
     elif kind == SILU:
-        for j in range(n):
-            y[j] = silu(y[j])
+        return silu(z)
     elif kind == GELU:
-        for j in range(n):
-            y[j] = gelu(y[j])
+        return gelu(z)
     elif kind == GELU_TANH:
-        for j in range(n):
-            y[j] = gelu_tanh(y[j])
+        return gelu_tanh(z)
     elif kind == MISH:
-        for j in range(n):
-            y[j] = mish(y[j])
+        return mish(z)
+    return z
 
 
 cdef void activate_gradient(int kind, const real *z, real *dy, Py_ssize_t n) noexcept nogil:

@@ -37,8 +37,16 @@ cdef inline const value *of_channels(const View *v, Py_ssize_t n, Py_ssize_t c, 
     return buffer
 
 
+cdef enum:  # the affine's parameters, field by field: (x * power - centre) * scale + offset, each of WIDTH channels or lanes
+    POWER = 0
+    CENTRE = WIDTH
+    SCALE = 2 * WIDTH
+    OFFSET = 3 * WIDTH
+    PARAMETERS = 4 * WIDTH
+
+
 cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, double factor, double rest,
-                          real *scale, real *shift, value _) noexcept nogil:
+                          real *a, value _) noexcept nogil:
     cdef value wbuffer[WIDTH]
     cdef value bbuffer[WIDTH]
     cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, wbuffer)
@@ -47,43 +55,98 @@ cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
     cdef Py_ssize_t i
     for i in range(channels):
         each = <real> (weight[i] * factor)
-        scale[i] = each
+        a[SCALE + i] = each
         moved = each if each - each == 0 else <real> 0  # an infinite weight makes no NaN of its own
-        shift[i] = <real> (bias[i] - <real> rest * moved)
+        a[OFFSET + i] = <real> (bias[i] - <real> rest * moved)
 
 
-cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z,
-                real *scale, real *shift) noexcept nogil:
-    """For channels of one group: (x * power - mean) * scale + shift is the normalized, weighted and biased x."""
+cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z, real *a) noexcept nogil:
+    """The parameters of channels of one group."""
+    cdef Py_ssize_t i
     if real is double or job.weight.storage == FLOAT64 or job.bias.storage == FLOAT64:
-        weigh_as[real, double](job, n, c, channels, z.factor, z.rest, scale, shift, 0)
+        weigh_as[real, double](job, n, c, channels, z.factor, z.rest, a, 0)
     else:
-        weigh_as[real, float](job, n, c, channels, z.factor, z.rest, scale, shift, 0)
+        weigh_as[real, float](job, n, c, channels, z.factor, z.rest, a, 0)
+    for i in range(channels):
+        a[POWER + i] = <real> z.power
+        a[CENTRE + i] = <real> z.mean
 
 
-cdef inline void add_residual(const Job *job, const Span *t, real *y, Py_ssize_t row) noexcept nogil:
-    cdef real tile[AREA]
-    cdef const real *residual
-    cdef Py_ssize_t r, j, residual_row
-    if job.residual.data != NULL:
-        residual = load[real](job, &job.residual, t, tile, &residual_row)
-        for r in range(t.rows):
-            for j in range(t.lanes):
-                y[r * row + j] += residual[r * residual_row + j]
+cdef struct Flow:  # how a run of values passes through the core
+    Py_ssize_t step  # from one residual to the next: 1, or 0 if there is none
+    Py_ssize_t ahead  # bytes behind x that are asked for meanwhile, or 0
+    bint stream  # y is written past the caches
 
 
-cdef void finish(const Job *job, const Span *t, real *y, Py_ssize_t row, const real *buffer) noexcept nogil:
-    """What follows the affine: the residual, the activation and, from a buffer, the store."""
-    cdef Py_ssize_t r
-    add_residual[real](job, t, y, row)
-    if job.activation != IDENTITY:
-        if row == t.lanes:
-            activate[real](job.activation, y, t.rows * t.lanes)
-        else:
-            for r in range(t.rows):
-                activate[real](job.activation, y + r * row, t.lanes)
-    if y == buffer:
-        move[real](job, &job.y, t, y, True)
+cdef inline void affine_block(const stored *x, const real *residual, stored *y, const real *a, bint each, int activation, bint stream) noexcept nogil:
+    """SHORT values with a parameter for each, or one for all. From its loops over a constant number of values the
+    compiler makes one, whose values never leave the registers."""
+    cdef real z[SHORT]
+    cdef stored narrowed[SHORT]
+    cdef Py_ssize_t j
+    widen[stored, real](x, z, SHORT)
+    if each:
+        for j in range(SHORT):
+            z[j] = (z[j] * a[POWER + j] - a[CENTRE + j]) * a[SCALE + j] + a[OFFSET + j]
+    else:
+        for j in range(SHORT):
+            z[j] = (z[j] * a[POWER] - a[CENTRE]) * a[SCALE] + a[OFFSET]
+    for j in range(SHORT):
+        z[j] += residual[j]
+    for j in range(SHORT):
+        z[j] = activated(activation, z[j])
+    if stream:
+        narrow[real, stored](z, narrowed, SHORT)
+        gn_stream_lines(y, narrowed, sizeof(narrowed))
+    else:
+        narrow[real, stored](z, y, SHORT)
+
+
+cdef inline void affine_run(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
+                            int activation, Flow flow) noexcept nogil:
+    """y = act((x * power - centre) * scale + offset + residual) on values in a row. The last block overlaps the one
+    before, as single values would take longer than all the rest of a short run; it comes first, before any of its
+    values is overwritten. So does the block before the first whole line of memory if y is streamed."""
+    cdef stored xshort[SHORT]
+    cdef stored yshort[SHORT]
+    cdef real rshort[SHORT]
+    cdef stored *spare = yshort
+    cdef stored *to = y
+    cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(stored) if flow.stream else 0
+    cdef Py_ssize_t whole = (n - head) // SHORT, i = -2 if head else -1 if n % SHORT else 0, j
+    cdef bint apart = <const void *> x != <const void *> y and <const void *> residual != <const void *> y
+    if n < SHORT:
+        memset(xshort, 0, sizeof(xshort))
+        memset(rshort, 0, sizeof(rshort))
+        memcpy(xshort, x, n * sizeof(stored))
+        memcpy(rshort, residual, (n if flow.step else SHORT) * sizeof(real))
+        x = xshort
+        y = yshort
+        residual = rshort
+        i = 0
+        whole = 1
+    for i in range(i, whole):
+        j = head + i * SHORT if i >= 0 else n - SHORT if i == -1 else 0
+        if flow.ahead:
+            gn_prefetch(<const char *> (x + j) + flow.ahead, SHORT * sizeof(stored))
+        affine_block[stored, real](x + j, residual + j * flow.step, spare if i < 0 and not apart else y + j, a + (j if each else 0),
+                                   each, activation, flow.stream and i >= 0)
+    if n < SHORT:
+        memcpy(to, yshort, n * sizeof(stored))
+    elif n % SHORT and not apart:
+        memcpy(y + n - SHORT, yshort, sizeof(yshort))
+
+
+cdef inline const real *residual_of(const Job *job, const Span *t, real *tile, Flow *flow, Py_ssize_t *row) noexcept nogil:
+    """A span's residual; if there is none SHORT values of -0.0, which change no bit of what they are added to."""
+    cdef Py_ssize_t j
+    flow.step = job.residual.data != NULL
+    if flow.step:
+        return load[real](job, &job.residual, t, tile, row)
+    row[0] = 0
+    for j in range(SHORT):
+        tile[j] = <real> -0.0
+    return tile
 
 
 # ---- planar ----------------------------------------------------------------------------------------
@@ -94,7 +157,7 @@ cdef struct Window:  # the channels of a unit whose scale and shift are at hand
 
 
 cdef inline Py_ssize_t next_tile(const Job *job, const Unit *u, Py_ssize_t left, const Standard *z,
-                                 Span *t, Window *w, real *scale, real *shift) noexcept nogil:
+                                 Span *t, Window *w, real *a) noexcept nogil:
     """Set the size of the tile at t and bring its channels into the window; the place there of the first one."""
     cdef Py_ssize_t place = t.c - u.c - w.first, channels = 1
     t.lanes = min(left, TILE if job.S >= SHORT else WIDTH)
@@ -103,7 +166,7 @@ cdef inline Py_ssize_t next_tile(const Job *job, const Unit *u, Py_ssize_t left,
     if place + channels > w.count:
         w.first += place
         w.count = min(WIDTH, (t.s + left - 1) // job.S + 1)
-        weigh[real](job, t.n, t.c, w.count, z, scale, shift)
+        weigh[real](job, t.n, t.c, w.count, z, a)
         place = 0
     return place
 
@@ -119,64 +182,74 @@ cdef inline void repeat(const real *v, Py_ssize_t first, Py_ssize_t times, Py_ss
         run = times
 
 
-cdef inline void planar_run(const real *x, real *y, Py_ssize_t n, real power, real mean, real scale, real shift) noexcept nogil:
-    """y = (x * power - mean) * scale + shift on values of a channel. The last SHORT overlap those before, as single values
-    would take longer than all the rest of a short run."""
-    cdef Py_ssize_t j
-    for j in range(n // SHORT * SHORT if n > SHORT else n):
-        y[j] = (x[j] * power - mean) * scale + shift
-    if n > SHORT and n % SHORT:
-        for j in range(n - SHORT, n):
-            y[j] = (x[j] * power - mean) * scale + shift
-
-
-cdef inline void planar_tile(const Job *job, const Span *t, const real *x, real *y, real power, real mean,
-                             const real *scale, const real *shift) noexcept nogil:
-    """The affine of a tile, with a scale and a shift for each channel."""
-    cdef real each_scale[WIDTH]
-    cdef real each_shift[WIDTH]
-    cdef Py_ssize_t i = 0, j, run = job.S - t.s
+cdef inline void planar_tile(const Job *job, const Span *t, const stored *x, const real *residual, stored *y,
+                             const real *a, int activation, Flow flow) noexcept nogil:
+    """The affine of a tile, with parameters for each channel."""
+    cdef real each[PARAMETERS]
+    cdef Py_ssize_t i = 0, run = job.S - t.s, field
     if job.S >= SHORT:
         while i < t.lanes:
             run = min(run, t.lanes - i)
-            planar_run[real](x + i, y + i, run, power, mean, scale[0], shift[0])
+            affine_run[stored, real](x + i, residual + i * flow.step, y + i, run, a, False, activation, flow)
             i += run
             run = job.S
-            scale += 1
-            shift += 1
+            a += 1
         return
     if job.S > 1:
-        repeat[real](scale, run, job.S, t.lanes, each_scale)
-        repeat[real](shift, run, job.S, t.lanes, each_shift)
-        scale = each_scale
-        shift = each_shift
-    for j in range(t.lanes):
-        y[j] = (x[j] * power - mean) * scale[j] + shift[j]
+        for field in range(4):
+            repeat[real](a + field * WIDTH, run, job.S, t.lanes, each + field * WIDTH)
+        a = each
+    affine_run[stored, real](x, residual, y, t.lanes, a, True, activation, flow)
 
 
-cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _) noexcept nogil:
-    cdef real xtile[TILE]
-    cdef real ytile[TILE]
-    cdef real scale[WIDTH]
-    cdef real shift[WIDTH]
+cdef void planar_activated(const Job *job, const Span *t, const stored *x, const real *residual, stored *y,
+                           const real *a, Flow flow) noexcept nogil:
+    if job.activation == IDENTITY:
+        planar_tile[stored, real](job, t, x, residual, y, a, IDENTITY, flow)
+    elif job.activation == RELU:
+        planar_tile[stored, real](job, t, x, residual, y, a, RELU, flow)
+    elif job.activation == SILU:
+        planar_tile[stored, real](job, t, x, residual, y, a, SILU, flow)
+    elif job.activation == GELU:
+        planar_tile[stored, real](job, t, x, residual, y, a, GELU, flow)
+    elif job.activation == GELU_TANH:
+        planar_tile[stored, real](job, t, x, residual, y, a, GELU_TANH, flow)
+    else:
+        planar_tile[stored, real](job, t, x, residual, y, a, MISH, flow)
+
+
+cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _, stored *_storage) noexcept nogil:
+    cdef stored xtile[TILE]
+    cdef stored ytile[TILE]
+    cdef real rtile[TILE]
+    cdef real a[PARAMETERS]
     cdef Py_ssize_t pos, stop, row, c
-    cdef const real *x
-    cdef real *y
+    cdef const stored *x
+    cdef const real *residual
+    cdef stored *y
     cdef Unit u = unit_of(job, unit)
+    cdef Flow flow
     cdef Window w
     cdef Standard z
-    cdef Span whole, t
+    cdef Span whole, t, run
     standardize[real](known, 1, 0, job.eps, &z, 0)
     bounds(job, chunk, &pos, &stop)
     whole = t = planar_span(job, &u, pos, stop - pos)
     w.first = t.c - u.c
     w.count = 0
     while t.lanes > 0:
-        c = next_tile[real](job, &u, t.lanes, &z, &t, &w, scale, shift)
-        x = load[real](job, &job.x, &t, xtile, &row)
-        if job.ahead > 0:  # a share of what the next unit will read, as this one's tiles keep the core busy
-            gn_prefetch(address(&job.x, t.n, t.c, t.s) + job.ahead, t.lanes * job.x.itemsize)
-        y = direct[real](job, &job.y, &t, ytile, &row)
-        planar_tile[real](job, &t, x, y, <real> z.power, <real> z.mean, scale + c, shift + c)
-        finish[real](job, &t, y, t.lanes, ytile)
+        run = t
+        run.lanes = min(t.lanes, job.S - t.s)
+        c = next_tile[real](job, &u, t.lanes, &z, &t, &w, a)
+        flow.stream = (job.y.streamed and run.lanes >= t.lanes and job.residual.data == NULL and job.x.data != job.y.data
+                       and in_one_run(job, &job.x, &run) and in_one_run(job, &job.y, &run))
+        if flow.stream:  # nothing needs a tile: all that is left of the channel goes through the registers alone
+            t = run
+        x = load[stored](job, &job.x, &t, xtile, &row)
+        residual = residual_of[real](job, &t, rtile, &flow, &row)
+        y = direct[stored](job, &job.y, &t, ytile, flow.stream, &row)
+        flow.ahead = job.ahead if x != xtile else 0  # a share of what the next unit will read, as this one keeps the core busy
+        planar_activated[stored, real](job, &t, x, residual, y, a + c, flow)
+        if y == ytile:
+            move[stored](job, &job.y, &t, y, True)
         advance(job, &whole, &t)

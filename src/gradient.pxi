@@ -54,26 +54,34 @@ cdef inline real one_nan(real v) noexcept nogil:
     return v if v == v else <real> NAN
 
 
-cdef inline void gradient_run(const real *x, const real *dy, real *y, Py_ssize_t n, real power, real mean, real a, real b,
-                              real slope, real constant) noexcept nogil:
-    """dx on values of a channel; the last SHORT overlap those before, as in planar_run."""
+cdef inline void gradient_block(const real *x, const real *dy, real *y, Py_ssize_t n, real power, real centre, real first, real second,
+                                real slope, real constant) noexcept nogil:
     cdef Py_ssize_t j
-    for j in range(n // SHORT * SHORT if n > SHORT else n):
-        y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
-    if n > SHORT and n % SHORT:
-        for j in range(n - SHORT, n):
-            y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
+    for j in range(n):
+        y[j] = dy[j] * first * second - ((x[j] * power - centre) * slope + constant)
 
 
-cdef const real *before_activation(const Job *job, const Span *t, real *z, real *tile, Py_ssize_t *row) noexcept nogil:
-    """dy' = dy * act'(z), from the affine z without its residual; packed if it is wanted as dresidual."""
+cdef inline void gradient_run(const real *x, const real *dy, real *y, Py_ssize_t n, real power, real centre, real first, real second,
+                              real slope, real constant) noexcept nogil:
+    """dx on values of a channel; the last SHORT overlap those before, as in affine_run."""
+    cdef real last[SHORT]
+    cdef Py_ssize_t whole = n // SHORT * SHORT
+    if n < SHORT or whole == n:
+        gradient_block[real](x, dy, y, n, power, centre, first, second, slope, constant)
+        return
+    gradient_block[real](x + n - SHORT, dy + n - SHORT, last, SHORT, power, centre, first, second, slope, constant)
+    gradient_block[real](x, dy, y, whole, power, centre, first, second, slope, constant)
+    memcpy(y + n - SHORT, last, sizeof(last))
+
+
+cdef const real *before_activation(const Job *job, const Span *t, const real *z, real *tile, Py_ssize_t *row) noexcept nogil:
+    """dy' = dy * act'(z); packed if it is wanted as dresidual."""
     cdef const real *dy = load[real](job, &job.dy, t, tile, row)
     if job.activation == IDENTITY and job.dresidual.data == NULL:
         return dy
     pack[real](dy, row[0], t, NULL, tile)
     row[0] = t.lanes
     if job.activation != IDENTITY:
-        add_residual[real](job, t, z, t.lanes)
         activate_gradient[real](job.activation, z, tile, t.rows * t.lanes)
     return tile
 
@@ -144,10 +152,10 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real ytile[TILE]
     cdef real ztile[TILE]
     cdef uint8_t mtile[TILE]
-    cdef real scale[WIDTH]
-    cdef real shift[WIDTH]
+    cdef real rtile[TILE]
+    cdef real affine[PARAMETERS]
     cdef real each_scale[WIDTH]
-    cdef Py_ssize_t pos, stop, row, k, c, i, j, run
+    cdef Py_ssize_t pos, stop, row, rrow, k, c, i, j, run
     cdef double *sums = NULL
     cdef double whole_mean = known[PIVOT]
     cdef real power, mean, slope = 0, constant = 0, a = 0, b = 1
@@ -155,12 +163,17 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef const real *x
     cdef const real *dy
     cdef const uint8_t *mask
+    cdef const real *residual
+    cdef const real *scale
     cdef const real *each
     cdef real *y
+    cdef Flow flow
     cdef Unit u = unit_of(job, unit)
     cdef Window w
     cdef Standard z
     cdef Span whole, t
+    flow.stream = False
+    flow.ahead = 0
     standardize[real](known, 1, 0, job.eps, &z, 0)
     power = <real> z.power
     mean = <real> z.mean
@@ -176,11 +189,13 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
         slope = <real> known[slopes_at(job)]
         constant = <real> known[slopes_at(job) + 1]
     while t.lanes > 0:
-        c = next_tile[real](job, &u, t.lanes, &z, &t, &w, scale, shift)
+        c = next_tile[real](job, &u, t.lanes, &z, &t, &w, affine)
+        scale = affine + SCALE
         k = t.c - u.c
         x = load[real](job, &job.x, &t, xtile, &row)
         if job.activation != IDENTITY:
-            planar_tile[real](job, &t, x, ztile, power, mean, scale + c, shift + c)
+            residual = residual_of[real](job, &t, rtile, &flow, &rrow)
+            planar_tile[real, real](job, &t, x, residual, ztile, affine + c, IDENTITY, flow)
         dy = before_activation[real](job, &t, ztile, dytile, &row)
         if summing and dy != dytile:  # the second stream of memory: without it the sums wait for it, by up to a fifth
             gn_prefetch(<const char *> (dy + t.lanes), t.lanes * sizeof(real))
@@ -197,7 +212,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 i += run
                 k += 1
         else:
-            y = direct[real](job, &job.y, &t, ytile, &row)
+            y = direct[real](job, &job.y, &t, ytile, False, &row)
             sloped = job.mask.data == NULL and slope != 0 and slope - slope == 0 and constant - constant == 0
             if not sloped:
                 for j in range(t.lanes):  # where nothing counts there is no slope, not even of NaN
@@ -280,11 +295,12 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef real dytile[AREA]
     cdef real ytile[AREA]
     cdef real ztile[AREA]
+    cdef real rtile[AREA]
     cdef uint8_t mtile[POSITIONS]
-    cdef real power[WIDTH]
-    cdef real mean[WIDTH]
-    cdef real scale[WIDTH]
-    cdef real shift[WIDTH]
+    cdef real affine[PARAMETERS]
+    cdef const real *power = affine + POWER
+    cdef const real *mean = affine + CENTRE
+    cdef const real *scale = affine + SCALE
     cdef real first[WIDTH]
     cdef real second[WIDTH]
     cdef real slope[WIDTH]
@@ -292,16 +308,20 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
     cdef double means[WIDTH]
     cdef double s1[WIDTH]
     cdef double s2[WIDTH]
-    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, dyrow, yrow, r, j, k, g
+    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, dyrow, rrow, yrow, r, j, k, g
     cdef bint sloped
     cdef double *sums = NULL
     cdef const double *slopes = known + slopes_at(job)
     cdef const real *x
     cdef const real *dy
+    cdef const real *residual
     cdef const uint8_t *mask
     cdef real *y
+    cdef Flow flow
     cdef Unit u = unit_of(job, unit)
     cdef Span t
+    flow.stream = False
+    flow.ahead = 0
     t.n = u.n
     t.c = u.c
     t.planar = False
@@ -309,7 +329,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
         t.lanes = strip(job, t.c, u.c + u.channels)
         k = t.c - u.c
         if not summing or job.activation != IDENTITY:
-            lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
+            lane_parameters[real](job, &u, t.c, t.lanes, known, affine)
         sloped = not summing
         for j in range(widest(t.lanes)):
             g = (t.c + j % t.lanes) // job.K - u.first
@@ -324,7 +344,8 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
             t.rows = next_rows(stop - t.s, t.lanes, AREA if summing else PATCH, &fold)
             x = load[real](job, &job.x, &t, xtile, &row)
             if job.activation != IDENTITY:
-                interleaved_tile[real](x, row, ztile, t.lanes, t.rows, t.lanes, power, mean, scale, shift)
+                residual = residual_of[real](job, &t, rtile, &flow, &rrow)
+                interleaved_tile[real, real](x, row, residual, rrow, ztile, t.lanes, t.rows, t.lanes, affine, IDENTITY, flow)
             dy = before_activation[real](job, &t, ztile, dytile, &dyrow)
             if summing:
                 sums = found + sums_at(job)
@@ -343,7 +364,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
                         sums[k + j] += s1[r * t.lanes + j]
                         sums[u.channels + k + j] += s2[r * t.lanes + j]
             else:
-                y = direct[real](job, &job.y, &t, ytile, &yrow)
+                y = direct[real](job, &job.y, &t, ytile, False, &yrow)
                 if job.mask.data == NULL and sloped:
                     for r in range(t.rows):
                         for j in range(t.lanes):

@@ -232,62 +232,75 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
         c += width
 
 
-cdef void lane_parameters(const Job *job, const Unit *u, Py_ssize_t c, Py_ssize_t width, const double *known,
-                          real *power, real *mean, real *scale, real *shift) noexcept nogil:
+cdef void lane_parameters(const Job *job, const Unit *u, Py_ssize_t c, Py_ssize_t width, const double *known, real *a) noexcept nogil:
     """The affine of each lane: of each channel from c on, as often as positions share a row."""
-    cdef Py_ssize_t i = 0, j, run
+    cdef Py_ssize_t i = 0, j, run, field
     cdef Standard z
     while i < width:
         run = min(width - i, job.K - (c + i) % job.K)
         standardize[real](known, u.groups, (c + i) // job.K - u.first, job.eps, &z, 0)
-        weigh[real](job, u.n, c + i, run, &z, scale + i, shift + i)
-        for j in range(i, i + run):
-            power[j] = <real> z.power
-            mean[j] = <real> z.mean
+        weigh[real](job, u.n, c + i, run, &z, a + i)
         i += run
-    for j in range(width, widest(width)):
-        power[j] = power[j - width]
-        mean[j] = mean[j - width]
-        scale[j] = scale[j - width]
-        shift[j] = shift[j - width]
+    for field in range(4):
+        for j in range(width, widest(width)):
+            a[field * WIDTH + j] = a[field * WIDTH + j - width]
 
 
-cdef inline void interleaved_tile(const real *x, Py_ssize_t row, real *y, Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes,
-                                  const real *power, const real *mean, const real *scale, const real *shift) noexcept nogil:
-    cdef Py_ssize_t r, j
+cdef inline void interleaved_tile(const stored *x, Py_ssize_t row, const real *residual, Py_ssize_t rrow, stored *y,
+                                  Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes, const real *a, int activation, Flow flow) noexcept nogil:
+    cdef Py_ssize_t r
     for r in range(rows):
-        for j in range(lanes):
-            y[j] = (x[j] * power[j] - mean[j]) * scale[j] + shift[j]
-        x += row
-        y += yrow
+        affine_run[stored, real](x + r * row, residual + r * rrow, y + r * yrow, lanes, a, True, activation, flow)
 
 
-cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _) noexcept nogil:
-    cdef real xtile[PATCH]
-    cdef real ytile[PATCH]
-    cdef real power[WIDTH]
-    cdef real mean[WIDTH]
-    cdef real scale[WIDTH]
-    cdef real shift[WIDTH]
-    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, yrow
-    cdef const real *x
-    cdef real *y
+cdef void interleaved_activated(const Job *job, const stored *x, Py_ssize_t row, const real *residual, Py_ssize_t rrow,
+                                stored *y, Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes, const real *a,
+                                Flow flow) noexcept nogil:
+    if job.activation == IDENTITY:
+        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, IDENTITY, flow)
+    elif job.activation == RELU:
+        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, RELU, flow)
+    elif job.activation == SILU:
+        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, SILU, flow)
+    elif job.activation == GELU:
+        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, GELU, flow)
+    elif job.activation == GELU_TANH:
+        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, GELU_TANH, flow)
+    else:
+        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, MISH, flow)
+
+
+cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _, stored *_storage) noexcept nogil:
+    cdef stored xtile[PATCH]
+    cdef stored ytile[PATCH]
+    cdef real rtile[PATCH]
+    cdef real a[PARAMETERS]
+    cdef Py_ssize_t stop = min((chunk + 1) * job.chunk, job.S), fold, row, rrow, yrow
+    cdef const stored *x
+    cdef const real *residual
+    cdef stored *y
     cdef Unit u = unit_of(job, unit)
+    cdef Flow flow
     cdef Span t
+    flow.stream = False
+    flow.ahead = 0
     t.n = u.n
     t.c = u.c
     t.planar = False
     while t.c < u.c + u.channels:
         t.lanes = strip(job, t.c, u.c + u.channels)
-        lane_parameters[real](job, &u, t.c, t.lanes, known, power, mean, scale, shift)
+        lane_parameters[real](job, &u, t.c, t.lanes, known, a)
         t.s = chunk * job.chunk
         while t.s < stop:
             t.rows = next_rows(stop - t.s, t.lanes, PATCH, &fold)
-            x = load[real](job, &job.x, &t, xtile, &row)
-            y = direct[real](job, &job.y, &t, ytile, &yrow)
-            if row != t.lanes or yrow != t.lanes:
+            x = load[stored](job, &job.x, &t, xtile, &row)
+            residual = residual_of[real](job, &t, rtile, &flow, &rrow)
+            y = direct[stored](job, &job.y, &t, ytile, False, &yrow)
+            if row != t.lanes or (flow.step and rrow != t.lanes) or yrow != t.lanes:
                 fold = 1
-            interleaved_tile[real](x, fold * row, y, fold * yrow, t.rows // fold, fold * t.lanes, power, mean, scale, shift)
-            finish[real](job, &t, y, yrow, ytile)
+            interleaved_activated[stored, real](job, x, fold * row, residual, fold * rrow, y, fold * yrow,
+                                                t.rows // fold, fold * t.lanes, a, flow)
+            if y == ytile:
+                move[stored](job, &job.y, &t, y, True)
             t.s += t.rows
         t.c += t.lanes

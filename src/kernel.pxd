@@ -19,7 +19,6 @@ cdef struct View:  # an array as (N, C, *spatial); strides in bytes, 0 where it 
     int ndim  # of the spatial dimensions, merged where their strides allow it; at least 1
     Py_ssize_t shape[MAX_SPATIAL]
     Py_ssize_t stride[MAX_SPATIAL]
-    bint buffered  # never worked on where it lies: it is streamed, or an output that is also the input
     bint streamed  # written past the caches
 
 cdef enum:  # Welford's state of n sets is double[4 * n], field by field; the mean is PIVOT + SHIFT
@@ -87,9 +86,9 @@ cdef struct Pass:  # one sweep over the chunks of a unit
     # What is done once all are merged, or NULL.
     void (*settle)(const Job *job, Py_ssize_t unit, double *known) noexcept nogil
 
-cdef struct Kernel:  # each pass for float32 arithmetic and for float64
-    Pass given[2]  # the statistics are read from the job
-    Pass moments[2]  # or found
-    Pass affine[2]  # y <- act((x - mean) * rstd * weight + bias + residual)
-    Pass sums[2]  # the sums of the gradient, dweight and dbias
-    Pass gradient[2]  # dx
+cdef struct Kernel:
+    Pass given  # the statistics are read from the job
+    Pass moments  # or found
+    Pass affine  # y <- act((x - mean) * rstd * weight + bias + residual)
+    Pass sums  # the sums of the gradient, dweight and dbias
+    Pass gradient  # dx

@@ -78,78 +78,76 @@ cdef void merge_moments(const Job *job, Py_ssize_t unit, double *into, const dou
     merge(into, other, unit_of(job, unit).groups)
 
 
-cdef void moments32(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
+cdef void find_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _, stored *storage) noexcept nogil:
     if job.K * job.S < SMALL:
         small_moments(job, unit, found)
     elif job.interleaved:
-        interleaved_moments[float](job, unit, chunk, found, 0)
+        interleaved_moments[real](job, unit, chunk, found, 0)
     else:
-        planar_moments[float](job, unit, chunk, found, 0)
+        planar_moments[real, stored](job, unit, chunk, found, 0, storage)
 
 
-cdef void affine32(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
+cdef void moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
+    if job.x.storage == FLOAT16:
+        find_moments[float, half](job, unit, chunk, found, 0, NULL)
+    elif job.x.storage == BFLOAT16:
+        find_moments[float, bfloat](job, unit, chunk, found, 0, NULL)
+    elif job.x.storage == FLOAT32:
+        find_moments[float, float](job, unit, chunk, found, 0, NULL)
+    else:
+        find_moments[double, double](job, unit, chunk, found, 0, NULL)
+
+
+cdef void apply_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _, stored *storage) noexcept nogil:
     if job.interleaved:
-        interleaved_affine[float](job, unit, chunk, known, 0)
+        interleaved_affine[real, stored](job, unit, chunk, known, 0, storage)
     else:
-        planar_affine[float](job, unit, chunk, known, 0)
+        planar_affine[real, stored](job, unit, chunk, known, 0, storage)
 
 
-cdef void sums32(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
+cdef void affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
+    if job.x.storage == FLOAT16:
+        apply_affine[float, half](job, unit, chunk, known, 0, NULL)
+    elif job.x.storage == BFLOAT16:
+        apply_affine[float, bfloat](job, unit, chunk, known, 0, NULL)
+    elif job.x.storage == FLOAT32:
+        apply_affine[float, float](job, unit, chunk, known, 0, NULL)
+    else:
+        apply_affine[double, double](job, unit, chunk, known, 0, NULL)
+
+
+cdef void differentiate(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, bint summing, real _) noexcept nogil:
     if job.interleaved:
-        interleaved_gradient[float](job, unit, chunk, known, found, True, 0)
+        interleaved_gradient[real](job, unit, chunk, known, found, summing, 0)
     else:
-        planar_gradient[float](job, unit, chunk, known, found, True, 0)
+        planar_gradient[real](job, unit, chunk, known, found, summing, 0)
 
 
-cdef void gradient32(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
-    if job.interleaved:
-        interleaved_gradient[float](job, unit, chunk, known, NULL, False, 0)
+cdef void sums(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
+    if job.x.storage == FLOAT64:
+        differentiate[double](job, unit, chunk, known, found, True, 0)
     else:
-        planar_gradient[float](job, unit, chunk, known, NULL, False, 0)
+        differentiate[float](job, unit, chunk, known, found, True, 0)
 
 
-cdef void settle32(const Job *job, Py_ssize_t unit, double *known) noexcept nogil:
-    settle_sums[float](job, unit, known, 0)
-
-
-cdef void moments64(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
-    if job.K * job.S < SMALL:
-        small_moments(job, unit, found)
-    elif job.interleaved:
-        interleaved_moments[double](job, unit, chunk, found, 0)
+cdef void settle(const Job *job, Py_ssize_t unit, double *known) noexcept nogil:
+    if job.x.storage == FLOAT64:
+        settle_sums[double](job, unit, known, 0)
     else:
-        planar_moments[double](job, unit, chunk, found, 0)
+        settle_sums[float](job, unit, known, 0)
 
 
-cdef void affine64(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
-    if job.interleaved:
-        interleaved_affine[double](job, unit, chunk, known, 0)
+cdef void gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
+    if job.x.storage == FLOAT64:
+        differentiate[double](job, unit, chunk, known, NULL, False, 0)
     else:
-        planar_affine[double](job, unit, chunk, known, 0)
-
-
-cdef void sums64(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
-    if job.interleaved:
-        interleaved_gradient[double](job, unit, chunk, known, found, True, 0)
-    else:
-        planar_gradient[double](job, unit, chunk, known, found, True, 0)
-
-
-cdef void gradient64(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil:
-    if job.interleaved:
-        interleaved_gradient[double](job, unit, chunk, known, NULL, False, 0)
-    else:
-        planar_gradient[double](job, unit, chunk, known, NULL, False, 0)
-
-
-cdef void settle64(const Job *job, Py_ssize_t unit, double *known) noexcept nogil:
-    settle_sums[double](job, unit, known, 0)
+        differentiate[float](job, unit, chunk, known, NULL, False, 0)
 
 
 cdef Kernel kernel
-kernel.given = [Pass(NULL, NULL, take_moments), Pass(NULL, NULL, take_moments)]
-kernel.moments = [Pass(moments32, merge_moments, give_moments), Pass(moments64, merge_moments, give_moments)]
-kernel.affine = [Pass(affine32, NULL, NULL), Pass(affine64, NULL, NULL)]
-kernel.sums = [Pass(sums32, add_sums, settle32), Pass(sums64, add_sums, settle64)]
-kernel.gradient = [Pass(gradient32, NULL, NULL), Pass(gradient64, NULL, NULL)]
+kernel.given = Pass(NULL, NULL, take_moments)
+kernel.moments = Pass(moments, merge_moments, give_moments)
+kernel.affine = Pass(affine, NULL, NULL)
+kernel.sums = Pass(sums, add_sums, settle)
+kernel.gradient = Pass(gradient, NULL, NULL)
 KERNEL = PyCapsule_New(&kernel, "gn_fast.kernel", NULL)

@@ -36,20 +36,31 @@ cdef inline void accumulate_step(const real *x, real p, real *sums) noexcept nog
         sums[VECTOR + j] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
 
 
-cdef inline void accumulate(const real *x, Py_ssize_t n, real p, double *sums) noexcept nogil:
+cdef inline const real *widened(const stored *x, Py_ssize_t n, real *copy) noexcept nogil:
+    """Values in the compute type: where they lie, or in a copy."""
+    if sizeof(stored) == sizeof(real):
+        return <const real *> x
+    widen[stored, real](x, copy, n)
+    return copy
+
+
+cdef inline void accumulate(const stored *memory, Py_ssize_t n, real p, double *sums) noexcept nogil:
     """Add sum(x - p) and sum((x - p)^2) of values that lie in a row to VECTOR lanes each. Those of a piece are summed in
     the compute type: six roundings in a chain at most, if the piece is whole."""
+    cdef real copy[PIECE]
     cdef real part[2 * VECTOR]
     cdef real d
+    cdef const real *x
     cdef Py_ssize_t r, j
     while n > 0:
         for j in range(2 * VECTOR):
             part[j] = 0
         if n >= PIECE:
+            x = widened[stored, real](memory, PIECE, copy)
             for r in range(PIECE // STEP):
                 accumulate_step[real](x + r * STEP, p, part)
-            x += PIECE
         else:
+            x = widened[stored, real](memory, n, copy)
             for r in range(n // STEP):
                 accumulate_step[real](x, p, part)
                 x += STEP
@@ -65,6 +76,7 @@ cdef inline void accumulate(const real *x, Py_ssize_t n, real p, double *sums) n
                 part[VECTOR + j] += d * d
         for j in range(2 * VECTOR):  # more than 16 steps in one loop: GCC would unroll a shorter one, and not vectorise it
             sums[j] += part[j]
+        memory += PIECE
         n -= PIECE
 
 
@@ -197,9 +209,24 @@ cdef inline void put_moments(double count, double sum1, double sum2, double pivo
     moments[M2] = (sum2 - sum1 * mean) * power * power
 
 
+cdef inline bint plain_block(const stored *x, Py_ssize_t n, bint seen, real *pivot, real *size, double *moments) noexcept nogil:
+    """The moments of values in a row, of one group, unless float32's range is too short for their squares. If no value
+    of the group was `seen` before, this finds the pivot."""
+    cdef real copy[PIECE]
+    cdef real spare[PIECE]
+    cdef double sums[2 * VECTOR]
+    cdef double sum2
+    if not seen:
+        pivot[0] = planar_pivot[real](widened[stored, real](x, min(n, PIECE), copy), NULL, min(n, PIECE), spare, size)
+    memset(sums, 0, sizeof(sums))
+    accumulate[stored, real](x, n, pivot[0], sums)
+    sum2 = total[double](sums + VECTOR, VECTOR)
+    put_moments(n, total[double](sums, VECTOR), sum2, pivot[0], 1, moments)
+    return not lossy(sum2)
+
+
 cdef void planar_block(const Job *job, const Span *whole, bint seen, real *pivot, real *size, double *moments) noexcept nogil:
-    """The moments of a span, of one group: where it lies if that can be, else in pieces. If no value of the group was
-    `seen` before, this finds the pivot."""
+    """The same of any span, masked or not."""
     cdef real buffer[PIECE]
     cdef real copy[PIECE]
     cdef uint8_t mbuffer[PIECE]
@@ -216,13 +243,11 @@ cdef void planar_block(const Job *job, const Span *whole, bint seen, real *pivot
         count = 0
         t = whole[0]
         while t.lanes > 0:
-            x = direct[real](job, &job.x, &t, buffer, &row)
-            if x == buffer or job.mask.data != NULL or sweep:
-                t.lanes = min(t.lanes, PIECE)
-                x = load[real](job, &job.x, &t, buffer, &row)
+            t.lanes = min(t.lanes, PIECE)
+            x = load[real](job, &job.x, &t, buffer, &row)
             mask = load_mask(job, t, t.lanes, mbuffer)
             if count == 0 and not seen:
-                pivot[0] = planar_pivot[real](x, mask, min(t.lanes, PIECE), copy, size)
+                pivot[0] = planar_pivot[real](x, mask, t.lanes, copy, size)
             if mask == NULL:
                 count += t.lanes
             else:
@@ -237,7 +262,7 @@ cdef void planar_block(const Job *job, const Span *whole, bint seen, real *pivot
                     for j in range(t.lanes):
                         copy[j] = x[j] / power
                     x = copy
-                accumulate[real](x, t.lanes, pivot[0] / power, sums)
+                accumulate[real, real](x, t.lanes, pivot[0] / power, sums)
             advance(job, whole, &t)
         if sweep == 1:  # rare: the largest value is sought, and the sums taken once more with it brought near 1
             power = <real> power_near(max(big, abs(pivot[0])))
@@ -278,7 +303,7 @@ cdef void small_block(const Job *job, const Span *whole, double *moments) noexce
         pivot = planar_pivot[double](tile, NULL, count, piece, &size) if exact else tile[0]
     for attempt in range(2):
         memset(sums, 0, sizeof(sums))
-        accumulate[double](tile, count, pivot, sums)
+        accumulate[double, double](tile, count, pivot, sums)
         sum1 = total[double](sums, VECTOR)
         sum2 = total[double](sums + VECTOR, VECTOR)
         if attempt == 1 or not exact or not lossy(sum2):
@@ -309,9 +334,10 @@ cdef bint sparse(const Job *job, const Span *t, Py_ssize_t least) noexcept nogil
     return count < least
 
 
-cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _) noexcept nogil:
+cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _, stored *elsewhere) noexcept nogil:
     cdef double block[4]
-    cdef Py_ssize_t pos, stop
+    cdef Py_ssize_t pos, stop, row
+    cdef const stored *x
     cdef real pivot = 0, next_pivot = 0, size = 0
     cdef bint seen = False
     cdef Unit u = unit_of(job, unit)
@@ -319,10 +345,12 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
     bounds(job, chunk, &pos, &stop)
     while pos < stop:
         t = planar_span(job, &u, pos, min(stop - pos, BLOCK))
+        x = direct[stored](job, &job.x, &t, elsewhere, False, &row)
         if sparse(job, &t, SMALL):
             small_block(job, &t, block)
         else:
-            planar_block[real](job, &t, seen, &pivot, &size, block)
+            if job.mask.data != NULL or x == elsewhere or not plain_block[stored, real](x, t.lanes, seen, &pivot, &size, block):
+                planar_block[real](job, &t, seen, &pivot, &size, block)
             # The mean of this block is the pivot of the block after the next: the next one need not wait for it.
             pivot = next_pivot if seen else pivot
             size = max(size, abs(<real> block[PIVOT]))

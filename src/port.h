@@ -30,12 +30,16 @@ static inline double gn_power_of_two(double v) {
     return v;
 }
 
-/* ---- float16 and bfloat16 as uint16_t bit patterns ---------------------------------------------- */
+/* ---- float16 and bfloat16 ----------------------------------------------------------------------- */
+
+typedef struct { uint16_t bits; } gn_half;
+typedef struct { uint16_t bits; } gn_bfloat;
 
 /* Branch-free, free of subnormal float32 operands (so DAZ does not matter); signalling NaNs become quiet,
    as F16C does it. */
-static inline float gn_from_half(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = (uint32_t)(h & 0x7FFFu) << 13;
+static inline float gn_from_half(gn_half half) {
+    uint32_t h = half.bits;
+    uint32_t sign = (h & 0x8000u) << 16, magnitude = (h & 0x7FFFu) << 13;
     uint32_t normal = magnitude + (112u << 23);
     uint32_t special = magnitude | 0x7F800000u | (magnitude > 0x0F800000u ? 0x00400000u : 0u);
     uint32_t subnormal = gn_bits_of_float(gn_float_of_bits(magnitude + (113u << 23)) - gn_float_of_bits(113u << 23));
@@ -44,26 +48,36 @@ static inline float gn_from_half(uint16_t h) {
 }
 
 /* Round to nearest even.  Below 2^-14 adding 0.5 lets the FPU round at the half's fixed spacing of 2^-24. */
-static inline uint16_t gn_to_half(float f) {
+static inline gn_half gn_to_half(float f) {
     uint32_t u = gn_bits_of_float(f), sign = (u >> 16) & 0x8000u;
     u &= 0x7FFFFFFFu;
     uint32_t nan = 0x7E00u | ((u >> 13) & 0x03FFu);
     uint32_t normal = (u - (112u << 23) + 0x0FFFu + ((u >> 13) & 1u)) >> 13;
     uint32_t subnormal = gn_bits_of_float(gn_float_of_bits(u) + 0.5f) - gn_bits_of_float(0.5f);
     uint32_t h = u < (113u << 23) ? subnormal : u < 0x477FF000u ? normal : u <= 0x7F800000u ? 0x7C00u : nan;
-    return (uint16_t)(sign | h);
+    return (gn_half){(uint16_t)(sign | h)};
 }
 
-static inline float gn_from_bfloat(uint16_t b) { return gn_float_of_bits((uint32_t)b << 16); }
+static inline float gn_from_bfloat(gn_bfloat b) { return gn_float_of_bits((uint32_t)b.bits << 16); }
 
-static inline uint16_t gn_to_bfloat(float f) {
-    uint32_t u = gn_bits_of_float(f);
-    uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16, nan = (u >> 16) | 0x0040u;
-    return (uint16_t)(f != f ? nan : rounded);
+/* Round to nearest even, in the upper half. A NaN comes out of arithmetic, quiet: its upper half is one. */
+static inline uint32_t gn_round_to_bfloat(float f) {
+    uint32_t u = gn_bits_of_float(f), rounded = u + 0x7FFFu + ((u >> 16) & 1u);
+    return f != f ? u : rounded;
 }
 
-static inline void gn_widen_half(const uint16_t *h, float *f, ptrdiff_t n) {
-    ptrdiff_t i = 0;
+/* In two loops: GCC would narrow first and choose after, with twice the work. */
+static inline void gn_narrow_bfloat(const float *f, gn_bfloat *b, size_t n) {
+    uint32_t u[32];
+    for (; n >= 32; n -= 32, f += 32, b += 32) {
+        for (int j = 0; j < 32; j++) u[j] = gn_round_to_bfloat(f[j]);
+        for (int j = 0; j < 32; j++) b[j].bits = (uint16_t)(u[j] >> 16);
+    }
+    for (size_t j = 0; j < n; j++) b[j].bits = (uint16_t)(gn_round_to_bfloat(f[j]) >> 16);
+}
+
+static inline void gn_widen_half(const gn_half *h, float *f, size_t n) {
+    size_t i = 0;
 #if defined(__AVX512F__)
     for (; i + 16 <= n; i += 16) _mm512_storeu_ps(f + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h + i))));
 #endif
@@ -73,13 +87,15 @@ static inline void gn_widen_half(const uint16_t *h, float *f, ptrdiff_t n) {
     for (; i < n; i++) f[i] = gn_from_half(h[i]);
 }
 
-static inline void gn_narrow_half(const float *f, uint16_t *h, ptrdiff_t n) {
-    ptrdiff_t i = 0;
+static inline void gn_narrow_half(const float *f, gn_half *h, size_t n) {
+    size_t i = 0;
 #if defined(__AVX512F__)
     for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(h + i), _mm512_cvtps_ph(_mm512_loadu_ps(f + i), 0));
 #endif
 #if defined(__F16C__)
-    for (; i + 8 <= n; i += 8) _mm_storeu_si128((__m128i *)(h + i), _mm256_cvtps_ph(_mm256_loadu_ps(f + i), 0));
+    for (; i + 16 <= n; i += 16)  /* in one store: what is streamed is loaded 32 bytes at a time */
+        _mm256_storeu_si256((__m256i *)(h + i), _mm256_set_m128i(_mm256_cvtps_ph(_mm256_loadu_ps(f + i + 8), 0),
+                                                                 _mm256_cvtps_ph(_mm256_loadu_ps(f + i), 0)));
 #endif
     for (; i < n; i++) h[i] = gn_to_half(f[i]);
 }
@@ -93,31 +109,34 @@ static inline void gn_prefetch(const char *from, ptrdiff_t bytes) {
 #endif
 }
 
-/* memcpy whose stores bypass the caches: no line is read only to be overwritten.  gn_stream_end orders
-   the stores before whatever the thread does next. */
-static inline void gn_stream(void *to, const void *from, size_t bytes) {
-#if defined(__SSE2__)
-    char *t = (char *)to;
-    const char *f = (const char *)from;
-    size_t head = (size_t)(-(uintptr_t)t & 63);
-    if (head > bytes) head = bytes;
-    memcpy(t, f, head);
-    t += head, f += head, bytes -= head;
-    for (; bytes >= 64; bytes -= 64, t += 64, f += 64) {
+/* Bytes from an address to the next line of the caches. */
+static inline ptrdiff_t gn_before_line(const void *p) { return (ptrdiff_t)(-(uintptr_t)p & 63); }
+
+/* memcpy of whole lines whose stores bypass the caches: no line is read only to be overwritten.  gn_stream_end
+   orders the stores before whatever the thread does next. */
+static inline void gn_stream_lines(void *to, const void *from, size_t bytes) {
 #if defined(__AVX512F__)
-        _mm512_stream_si512((void *)t, _mm512_loadu_si512(f));
+    for (size_t i = 0; i < bytes; i += 64)
+        _mm512_stream_si512((void *)((char *)to + i), _mm512_loadu_si512((const char *)from + i));
 #elif defined(__AVX__)
-        _mm256_stream_si256((__m256i *)t, _mm256_loadu_si256((const __m256i *)f));
-        _mm256_stream_si256((__m256i *)(t + 32), _mm256_loadu_si256((const __m256i *)(f + 32)));
-#else
-        for (int i = 0; i < 64; i += 16)
-            _mm_stream_si128((__m128i *)(t + i), _mm_loadu_si128((const __m128i *)(f + i)));
-#endif
-    }
-    memcpy(t, f, bytes);
+    for (size_t i = 0; i < bytes; i += 32)
+        _mm256_stream_si256((__m256i *)((char *)to + i), _mm256_loadu_si256((const __m256i *)((const char *)from + i)));
+#elif defined(__SSE2__)
+    for (size_t i = 0; i < bytes; i += 16)
+        _mm_stream_si128((__m128i *)((char *)to + i), _mm_loadu_si128((const __m128i *)((const char *)from + i)));
 #else
     memcpy(to, from, bytes);
 #endif
+}
+
+/* The same of any bytes; those of lines that are not whole take the usual way. */
+static inline void gn_stream(void *to, const void *from, size_t bytes) {
+    size_t head = (size_t)gn_before_line(to), lines;
+    if (head > bytes) head = bytes;
+    lines = (bytes - head) & ~(size_t)63;
+    memcpy(to, from, head);
+    gn_stream_lines((char *)to + head, (const char *)from + head, lines);
+    memcpy((char *)to + head + lines, (const char *)from + head + lines, bytes - head - lines);
 }
 
 static inline void gn_stream_end(void) {

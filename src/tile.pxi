@@ -1,17 +1,28 @@
-# Tiles: some thousand values of an array in the compute type, in L1.  Storage types, strides and streaming
+# Tiles: some thousand values of an array, where they lie or gathered in L1. Storage types, strides and streaming
 # stores live in this file and nowhere else.
 
 from libc.stdint cimport uint8_t, uint16_t
 from libc.string cimport memcpy, memset
 
 cdef extern from "port.h" nogil:
-    float gn_from_half(uint16_t)
-    uint16_t gn_to_half(float)
-    float gn_from_bfloat(uint16_t)
-    uint16_t gn_to_bfloat(float)
-    void gn_widen_half(const uint16_t *, float *, Py_ssize_t)
-    void gn_narrow_half(const float *, uint16_t *, Py_ssize_t)
+    ctypedef struct half "gn_half":
+        pass
+    ctypedef struct bfloat "gn_bfloat":
+        pass
+    float gn_from_half(half)
+    float gn_from_bfloat(bfloat)
+    void gn_widen_half(const half *, float *, Py_ssize_t)
+    void gn_narrow_half(const float *, half *, Py_ssize_t)
+    void gn_narrow_bfloat(const float *, bfloat *, Py_ssize_t)
     void gn_stream(void *, const void *, size_t)
+    void gn_stream_lines(void *, const void *, size_t)
+    Py_ssize_t gn_before_line(const void *)
+
+ctypedef fused stored:  # the types of values in memory
+    float
+    double
+    half
+    bfloat
 
 cdef enum:
     PACKET = 256  # values gathered at a time from strided memory
@@ -22,40 +33,55 @@ cdef struct Span:  # the part of an array that a tile holds, from sample n, chan
     bint planar
 
 
-cdef void widen(Storage storage, const void *memory, real *tile, Py_ssize_t n) noexcept nogil:
+cdef inline void widen(const stored *memory, real *tile, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t j
-    if storage == FLOAT32:
+    if stored is half:
+        if real is float:
+            gn_widen_half(memory, tile, n)
+        else:
+            for j in range(n):
+                tile[j] = gn_from_half(memory[j])
+    elif stored is bfloat:
         for j in range(n):
-            tile[j] = (<const float *> memory)[j]
-    elif storage == FLOAT64:
-        for j in range(n):
-            tile[j] = <real> (<const double *> memory)[j]
-    elif storage == BFLOAT16:
-        for j in range(n):
-            tile[j] = gn_from_bfloat((<const uint16_t *> memory)[j])
-    elif real is float:
-        gn_widen_half(<const uint16_t *> memory, tile, n)
+            tile[j] = gn_from_bfloat(memory[j])
     else:
         for j in range(n):
-            tile[j] = gn_from_half((<const uint16_t *> memory)[j])
+            tile[j] = <real> memory[j]
 
 
-cdef void narrow(Storage storage, const real *tile, void *memory, Py_ssize_t n) noexcept nogil:
+cdef inline void narrow(const real *tile, stored *memory, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t j
-    if storage == FLOAT32:
-        for j in range(n):
-            (<float *> memory)[j] = <float> tile[j]
-    elif storage == FLOAT64:
-        for j in range(n):
-            (<double *> memory)[j] = tile[j]
-    elif storage == BFLOAT16:
-        for j in range(n):
-            (<uint16_t *> memory)[j] = gn_to_bfloat(<float> tile[j])
-    elif real is float:
-        gn_narrow_half(tile, <uint16_t *> memory, n)
+    if stored is half:
+        if real is float:  # no double is narrowed to 16 bits
+            gn_narrow_half(tile, memory, n)
+    elif stored is bfloat:
+        if real is float:
+            gn_narrow_bfloat(tile, memory, n)
     else:
         for j in range(n):
-            (<uint16_t *> memory)[j] = gn_to_half(<float> tile[j])
+            memory[j] = <stored> tile[j]
+
+
+cdef void widen_as(Storage storage, const void *memory, real *tile, Py_ssize_t n) noexcept nogil:
+    if storage == FLOAT16:
+        widen[half, real](<const half *> memory, tile, n)
+    elif storage == BFLOAT16:
+        widen[bfloat, real](<const bfloat *> memory, tile, n)
+    elif storage == FLOAT32:
+        widen[float, real](<const float *> memory, tile, n)
+    else:
+        widen[double, real](<const double *> memory, tile, n)
+
+
+cdef void narrow_as(Storage storage, const real *tile, void *memory, Py_ssize_t n) noexcept nogil:
+    if storage == FLOAT16:
+        narrow[real, half](tile, <half *> memory, n)
+    elif storage == BFLOAT16:
+        narrow[real, bfloat](tile, <bfloat *> memory, n)
+    elif storage == FLOAT32:
+        narrow[real, float](tile, <float *> memory, n)
+    else:
+        narrow[real, double](tile, <double *> memory, n)
 
 
 # Values move in the type they have: another of the same size would break C's aliasing rule.
@@ -89,37 +115,6 @@ cdef void scatter(const void *packet, Py_ssize_t size, char *p, Py_ssize_t strid
             (<uint16_t *> (p + j * stride))[0] = (<const uint16_t *> packet)[j]
 
 
-cdef void read_run(const View *v, const char *p, Py_ssize_t stride, real *tile, Py_ssize_t n) noexcept nogil:
-    cdef double packet[PACKET]
-    cdef Py_ssize_t i = 0, m
-    if stride == v.itemsize:
-        widen[real](v.storage, p, tile, n)
-        return
-    while i < n:
-        m = min(n - i, PACKET)
-        gather(p + i * stride, stride, v.itemsize, packet, m)
-        widen[real](v.storage, packet, tile + i, m)
-        i += m
-
-
-cdef void write_run(const View *v, char *p, Py_ssize_t stride, const real *tile, Py_ssize_t n) noexcept nogil:
-    cdef double packet[PACKET]
-    cdef Py_ssize_t i = 0, m
-    if stride == v.itemsize and not v.streamed:
-        narrow[real](v.storage, tile, p, n)
-    elif stride == v.itemsize and v.itemsize == sizeof(real):
-        gn_stream(p, tile, n * sizeof(real))
-    else:
-        while i < n:
-            m = min(n - i, PACKET)
-            narrow[real](v.storage, tile + i, packet, m)
-            if stride == v.itemsize:
-                gn_stream(p + i * stride, packet, m * v.itemsize)
-            else:
-                scatter(packet, v.itemsize, p + i * stride, stride, m)
-            i += m
-
-
 cdef inline char *address(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t s) noexcept nogil:
     cdef char *p = v.data + n * v.sample_stride + c * v.channel_stride
     cdef int d
@@ -128,8 +123,62 @@ cdef inline char *address(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t 
         s = s // v.shape[d]
     return p + s * v.stride[0]
 
+cdef inline Storage storage_as(const stored *_) noexcept nogil:
+    if stored is half:
+        return FLOAT16
+    elif stored is bfloat:
+        return BFLOAT16
+    elif stored is float:
+        return FLOAT32
+    else:
+        return FLOAT64
 
-cdef void move(const Job *job, const View *v, const Span *t, real *tile, bint store) noexcept nogil:
+
+cdef void read_run(const View *v, const char *p, Py_ssize_t stride, stored *tile, Py_ssize_t n) noexcept nogil:
+    """Read values a stride apart, into a tile of their type or of a compute type."""
+    cdef double packet[PACKET]
+    cdef Py_ssize_t i = 0, m
+    if v.storage == storage_as(tile):
+        if stride == v.itemsize:
+            memcpy(tile, p, n * sizeof(stored))
+        else:
+            gather(p, stride, sizeof(stored), tile, n)
+    elif stored is float or stored is double:
+        if stride == v.itemsize:
+            widen_as[stored](v.storage, p, tile, n)
+            return
+        while i < n:
+            m = min(n - i, PACKET)
+            gather(p + i * stride, stride, v.itemsize, packet, m)
+            widen_as[stored](v.storage, packet, tile + i, m)
+            i += m
+
+
+cdef void write_run(const View *v, char *p, Py_ssize_t stride, const stored *tile, Py_ssize_t n) noexcept nogil:
+    cdef double packet[PACKET]
+    cdef Py_ssize_t i = 0, m
+    if v.storage == storage_as(tile):
+        if stride != v.itemsize:
+            scatter(tile, sizeof(stored), p, stride, n)
+        elif v.streamed:
+            gn_stream(p, tile, n * sizeof(stored))
+        else:
+            memcpy(p, tile, n * sizeof(stored))
+    elif stored is float or stored is double:
+        if stride == v.itemsize and not v.streamed:
+            narrow_as[stored](v.storage, tile, p, n)
+            return
+        while i < n:
+            m = min(n - i, PACKET)
+            narrow_as[stored](v.storage, tile + i, packet, m)
+            if stride == v.itemsize:
+                gn_stream(p + i * stride, packet, m * v.itemsize)
+            else:
+                scatter(packet, v.itemsize, p + i * stride, stride, m)
+            i += m
+
+
+cdef void move(const Job *job, const View *v, const Span *t, stored *tile, bint store) noexcept nogil:
     """Walk the runs of equal stride that make up a span, reading them into the tile or writing them from it."""
     cdef Py_ssize_t inner = v.shape[v.ndim - 1], stride = v.stride[v.ndim - 1], total = t.rows * t.lanes
     cdef Py_ssize_t c = t.c, s = t.s, done = 0, run
@@ -147,9 +196,9 @@ cdef void move(const Job *job, const View *v, const Span *t, real *tile, bint st
         else:
             run = t.lanes
         if store:
-            write_run[real](v, address(v, t.n, c, s), stride, tile + done, run)
+            write_run[stored](v, address(v, t.n, c, s), stride, tile + done, run)
         else:
-            read_run[real](v, address(v, t.n, c, s), stride, tile + done, run)
+            read_run[stored](v, address(v, t.n, c, s), stride, tile + done, run)
         done += run
         s += run if t.planar else 1
         if s == job.S and t.planar:
@@ -226,10 +275,12 @@ cdef inline const uint8_t *load_mask(const Job *job, Span t, Py_ssize_t position
     return buffer
 
 
-cdef inline real *direct(const Job *job, const View *v, const Span *t, real *buffer, Py_ssize_t *row) noexcept nogil:
-    """Where to work on a span, and the distance of its rows: where it lies if it needs no conversion, else the buffer."""
+cdef inline stored *direct(const Job *job, const View *v, const Span *t, stored *buffer, bint stream,
+                           Py_ssize_t *row) noexcept nogil:
+    """Where to work on a span, and the distance of its rows: where it lies if it needs no conversion and is not to be
+    written past the caches, unless that is done by who asks; else the buffer."""
     row[0] = t.lanes
-    if v.storage < FLOAT32 or v.itemsize != sizeof(real) or v.buffered:
+    if v.storage != storage_as(buffer) or (v.streamed and not stream):
         return buffer
     if t.planar:
         if not in_one_run(job, v, t):
@@ -238,13 +289,13 @@ cdef inline real *direct(const Job *job, const View *v, const Span *t, real *buf
         if v.channel_stride != v.itemsize or v.ndim > 1 or v.stride[0] % v.itemsize:
             return buffer
         row[0] = v.stride[0] // v.itemsize
-    return <real *> address(v, t.n, t.c, t.s)
+    return <stored *> address(v, t.n, t.c, t.s)
 
 
-cdef inline real *load(const Job *job, const View *v, const Span *t, real *buffer, Py_ssize_t *row) noexcept nogil:
-    cdef real *tile = direct[real](job, v, t, buffer, row)
+cdef inline stored *load(const Job *job, const View *v, const Span *t, stored *buffer, Py_ssize_t *row) noexcept nogil:
+    cdef stored *tile = direct[stored](job, v, t, buffer, False, row)
     if tile == buffer:
-        move[real](job, v, t, tile, False)
+        move[stored](job, v, t, tile, False)
     return tile
 
 
