@@ -81,18 +81,17 @@ cdef struct Flow:  # how a run of values passes through the core
 cdef inline void affine_block(const stored *x, const real *residual, stored *y, const real *a, bint each, int activation, bint stream) noexcept nogil:
     """SHORT values with a parameter for each, or one for all. From its loops over a constant number of values the
     compiler makes one, whose values never leave the registers."""
+    cdef real wide[SHORT]
     cdef real z[SHORT]
     cdef stored narrowed[SHORT]
     cdef Py_ssize_t j
-    widen[stored, real](x, z, SHORT)
+    widen[stored, real](x, wide, SHORT)
     if each:
         for j in range(SHORT):
-            z[j] = (z[j] * a[POWER + j] - a[CENTRE + j]) * a[SCALE + j] + a[OFFSET + j]
+            z[j] = ((wide[j] * a[POWER + j] - a[CENTRE + j]) * a[SCALE + j] + a[OFFSET + j]) + residual[j]
     else:
         for j in range(SHORT):
-            z[j] = (z[j] * a[POWER] - a[CENTRE]) * a[SCALE] + a[OFFSET]
-    for j in range(SHORT):
-        z[j] += residual[j]
+            z[j] = ((wide[j] * a[POWER] - a[CENTRE]) * a[SCALE] + a[OFFSET]) + residual[j]
     for j in range(SHORT):
         z[j] = activated(activation, z[j])
     if stream:
@@ -102,18 +101,28 @@ cdef inline void affine_block(const stored *x, const real *residual, stored *y, 
         narrow[real, stored](z, y, SHORT)
 
 
+# The blocks of a run: at first the last one, which overlaps the one before, as single values would take longer than all the
+# rest of a short run; and the one before the first whole line of memory if y is streamed. They come before any of
+# their values is overwritten.
+
+cdef inline Py_ssize_t first_block(Py_ssize_t n, Py_ssize_t head) noexcept nogil:
+    return -2 if head else -1 if n % SHORT else 0
+
+
+cdef inline Py_ssize_t place_of_block(Py_ssize_t i, Py_ssize_t n, Py_ssize_t head) noexcept nogil:
+    return head + i * SHORT if i >= 0 else n - SHORT if i == -1 else 0
+
+
 cdef inline void affine_run(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
                             int activation, Flow flow) noexcept nogil:
-    """y = act((x * power - centre) * scale + offset + residual) on values in a row. The last block overlaps the one
-    before, as single values would take longer than all the rest of a short run; it comes first, before any of its
-    values is overwritten. So does the block before the first whole line of memory if y is streamed."""
+    """y = act((x * power - centre) * scale + offset + residual) on values in a row."""
     cdef stored xshort[SHORT]
     cdef stored yshort[SHORT]
     cdef real rshort[SHORT]
     cdef stored *spare = yshort
     cdef stored *to = y
     cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(stored) if flow.stream else 0
-    cdef Py_ssize_t whole = (n - head) // SHORT, i = -2 if head else -1 if n % SHORT else 0, j
+    cdef Py_ssize_t whole = (n - head) // SHORT, i = first_block(n, head), j
     cdef bint apart = <const void *> x != <const void *> y and <const void *> residual != <const void *> y
     if n < SHORT:
         memset(xshort, 0, sizeof(xshort))
@@ -126,7 +135,7 @@ cdef inline void affine_run(const stored *x, const real *residual, stored *y, Py
         i = 0
         whole = 1
     for i in range(i, whole):
-        j = head + i * SHORT if i >= 0 else n - SHORT if i == -1 else 0
+        j = place_of_block(i, n, head)
         if flow.ahead:
             gn_prefetch(<const char *> (x + j) + flow.ahead, SHORT * sizeof(stored))
         affine_block[stored, real](x + j, residual + j * flow.step, spare if i < 0 and not apart else y + j, a + (j if each else 0),

@@ -28,6 +28,8 @@ cdef inline void accumulate_products(const real *x, const real *dy, Py_ssize_t n
     cdef Py_ssize_t r, j, rest = n % SHORT
     memset(sums, 0, sizeof(sums))
     for r in range(n // SHORT):
+        gn_prefetch(<const char *> (x + TILE), SHORT * sizeof(real))  # of two streams the hardware follows one too late
+        gn_prefetch(<const char *> (dy + TILE), SHORT * sizeof(real))
         product_step[real](x, dy, mean, sums)
         x += SHORT
         dy += SHORT
@@ -54,24 +56,31 @@ cdef inline real one_nan(real v) noexcept nogil:
     return v if v == v else <real> NAN
 
 
-cdef inline void gradient_block(const real *x, const real *dy, real *y, Py_ssize_t n, real power, real centre, real first, real second,
-                                real slope, real constant) noexcept nogil:
-    cdef Py_ssize_t j
-    for j in range(n):
-        y[j] = dy[j] * first * second - ((x[j] * power - centre) * slope + constant)
-
-
 cdef inline void gradient_run(const real *x, const real *dy, real *y, Py_ssize_t n, real power, real centre, real first, real second,
-                              real slope, real constant) noexcept nogil:
-    """dx on values of a channel; the last SHORT overlap those before, as in affine_run."""
+                              real slope, real constant, bint stream) noexcept nogil:
+    """dx = dy * first * second - ((x * power - centre) * slope + constant) on values of a channel, block by block."""
+    cdef real z[SHORT]
     cdef real last[SHORT]
-    cdef Py_ssize_t whole = n // SHORT * SHORT
-    if n < SHORT or whole == n:
-        gradient_block[real](x, dy, y, n, power, centre, first, second, slope, constant)
+    cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(real) if stream else 0
+    cdef Py_ssize_t whole = (n - head) // SHORT, i, j, k
+    cdef bint apart = x != y and dy != y
+    if n < SHORT:
+        for j in range(n):
+            y[j] = dy[j] * first * second - ((x[j] * power - centre) * slope + constant)
         return
-    gradient_block[real](x + n - SHORT, dy + n - SHORT, last, SHORT, power, centre, first, second, slope, constant)
-    gradient_block[real](x, dy, y, whole, power, centre, first, second, slope, constant)
-    memcpy(y + n - SHORT, last, sizeof(last))
+    for i in range(first_block(n, head), whole):
+        k = place_of_block(i, n, head)
+        for j in range(SHORT):
+            z[j] = dy[k + j] * first * second - ((x[k + j] * power - centre) * slope + constant)
+        if stream and i >= 0:
+            gn_stream_lines(y + k, z, sizeof(z))
+        elif apart or i >= 0:
+            for j in range(SHORT):
+                y[k + j] = z[j]
+        else:
+            memcpy(last, z, sizeof(last))
+    if n % SHORT and not apart:
+        memcpy(y + n - SHORT, last, sizeof(last))
 
 
 cdef const real *before_activation(const Job *job, const Span *t, const real *z, real *tile, Py_ssize_t *row) noexcept nogil:
@@ -155,7 +164,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real rtile[TILE]
     cdef real affine[PARAMETERS]
     cdef real each_scale[WIDTH]
-    cdef Py_ssize_t pos, stop, row, rrow, k, c, i, j, run
+    cdef Py_ssize_t pos, stop, row, rrow, k, c, i, j, n
     cdef double *sums = NULL
     cdef double whole_mean = known[PIVOT]
     cdef real power, mean, slope = 0, constant = 0, a = 0, b = 1
@@ -171,7 +180,8 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef Unit u = unit_of(job, unit)
     cdef Window w
     cdef Standard z
-    cdef Span whole, t
+    cdef Span whole, t, run
+    cdef bint stream, plain
     flow.stream = False
     flow.ahead = 0
     standardize[real](known, 1, 0, job.eps, &z, 0)
@@ -188,17 +198,25 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     else:
         slope = <real> known[slopes_at(job)]
         constant = <real> known[slopes_at(job) + 1]
+    sloped = job.mask.data == NULL and slope != 0 and slope - slope == 0 and constant - constant == 0
+    plain = (sloped and not summing and job.y.streamed and job.activation == IDENTITY and job.dresidual.data == NULL
+             and job.x.storage == storage_as(xtile) and job.dy.storage == storage_as(xtile)
+             and job.y.data != job.x.data and job.y.data != job.dy.data)
     while t.lanes > 0:
+        run = t
+        run.lanes = min(t.lanes, job.S - t.s)
         c = next_tile[real](job, &u, t.lanes, &z, &t, &w, affine)
         scale = affine + SCALE
+        stream = (plain and run.lanes >= t.lanes and in_one_run(job, &job.x, &run) and in_one_run(job, &job.dy, &run)
+                  and in_one_run(job, &job.y, &run))
+        if stream:  # as in planar_affine
+            t = run
         k = t.c - u.c
         x = load[real](job, &job.x, &t, xtile, &row)
         if job.activation != IDENTITY:
             residual = residual_of[real](job, &t, rtile, &flow, &rrow)
             planar_tile[real, real](job, &t, x, residual, ztile, affine + c, IDENTITY, flow)
         dy = before_activation[real](job, &t, ztile, dytile, &row)
-        if summing and dy != dytile:  # the second stream of memory: without it the sums wait for it, by up to a fifth
-            gn_prefetch(<const char *> (dy + t.lanes), t.lanes * sizeof(real))
         if summing and job.S == 1:
             for j in range(t.lanes):
                 sums[k + j] += dy[j]
@@ -207,13 +225,12 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
         elif summing:
             i = 0
             while i < t.lanes:
-                run = min(t.lanes - i, job.S - (t.s if i == 0 else 0))
-                accumulate_products[real](x + i, dy + i, run, whole_mean, sums + k, sums + u.channels + k)
-                i += run
+                n = min(t.lanes - i, job.S - (t.s if i == 0 else 0))
+                accumulate_products[real](x + i, dy + i, n, whole_mean, sums + k, sums + u.channels + k)
+                i += n
                 k += 1
         else:
-            y = direct[real](job, &job.y, &t, ytile, False, &row)
-            sloped = job.mask.data == NULL and slope != 0 and slope - slope == 0 and constant - constant == 0
+            y = direct[real](job, &job.y, &t, ytile, stream, &row)
             if not sloped:
                 for j in range(t.lanes):  # where nothing counts there is no slope, not even of NaN
                     ztile[j] = ((x[j] * power - mean) * slope if slope != 0 else <real> 0) + constant
@@ -231,14 +248,14 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                     y[j] = one_nan[real](dy[j] * a * b - (((x[j] * power - mean) * slope + constant) if sloped else ztile[j]))
             i = 0 if job.S >= SHORT else t.lanes
             while i < t.lanes:
-                run = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
+                n = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
                 slope_of_dy[real](scale[c], power, &a, &b)
                 if sloped:
-                    gradient_run[real](x + i, dy + i, y + i, run - i, power, mean, a, b, slope, constant)
+                    gradient_run[real](x + i, dy + i, y + i, n - i, power, mean, a, b, slope, constant, stream)
                 else:
-                    for j in range(i, run):
+                    for j in range(i, n):
                         y[j] = one_nan[real](dy[j] * a * b - ztile[j])
-                i = run
+                i = n
                 c += 1
             if y == ytile:
                 move[real](job, &job.y, &t, y, True)

@@ -23,9 +23,9 @@ cdef inline Py_ssize_t next_rows(Py_ssize_t left, Py_ssize_t width, Py_ssize_t a
 
 
 cdef inline void accumulate_lanes(const real *x, Py_ssize_t row, Py_ssize_t lanes, const real *p, real *s1, real *s2) noexcept nogil:
-    """Four rows of up to VECTOR lanes at once, for fewer roundings in a chain and less traffic of the sums."""
-    cdef real t1[VECTOR]
-    cdef real t2[VECTOR]
+    """Four rows of up to SHORT lanes at once, for fewer roundings in a chain and less traffic of the sums."""
+    cdef real t1[SHORT]
+    cdef real t2[SHORT]
     cdef const real *x1 = x + row
     cdef const real *x2 = x1 + row
     cdef const real *x3 = x2 + row
@@ -38,21 +38,23 @@ cdef inline void accumulate_lanes(const real *x, Py_ssize_t row, Py_ssize_t lane
         d3 = x3[j] - p[j]
         t1[j] = s1[j] + ((d0 + d1) + (d2 + d3))
         t2[j] = s2[j] + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3))
-    memcpy(s1, t1, lanes * sizeof(real))
-    memcpy(s2, t2, lanes * sizeof(real))
+    for j in range(lanes):
+        s1[j] = t1[j]
+    for j in range(lanes):
+        s2[j] = t2[j]
 
 
 cdef inline void accumulate_rows(const real *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t lanes,
                                  const real *p, real *s1, real *s2) noexcept nogil:
     """s1 += sum(x - p), s2 += sum((x - p)^2) down each lane."""
-    cdef Py_ssize_t whole = lanes - lanes % VECTOR, r, i, j
+    cdef Py_ssize_t whole = lanes - lanes % SHORT, r, i, j
     cdef real d
     for r in range(rows // 4):
-        for i in range(lanes // VECTOR):
-            j = i * VECTOR
+        for i in range(lanes // SHORT):
+            j = i * SHORT
             if row == lanes:  # four rows at once are out of the order of memory: ask for what comes in that order
-                gn_prefetch(<const char *> (x + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
-            accumulate_lanes[real](x + j, row, VECTOR, p + j, s1 + j, s2 + j)
+                gn_prefetch(<const char *> (x + AHEAD + 4 * j), 4 * SHORT * sizeof(real))
+            accumulate_lanes[real](x + j, row, SHORT, p + j, s1 + j, s2 + j)
         if whole < lanes:
             accumulate_lanes[real](x + whole, row, lanes - whole, p + whole, s1 + whole, s2 + whole)
         x += 4 * row
@@ -298,6 +300,7 @@ cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, 
             y = direct[stored](job, &job.y, &t, ytile, False, &yrow)
             if row != t.lanes or (flow.step and rrow != t.lanes) or yrow != t.lanes:
                 fold = 1
+            flow.ahead = AHEAD * sizeof(stored) if row == t.lanes and x != xtile else 0
             interleaved_activated[stored, real](job, x, fold * row, residual, fold * rrow, y, fold * yrow,
                                                 t.rows // fold, fold * t.lanes, a, flow)
             if y == ytile:

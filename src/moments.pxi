@@ -162,9 +162,9 @@ cdef double sum_about(const double *x, Py_ssize_t n, double pivot) noexcept nogi
     return sum[0] + error[0]
 
 
-cdef inline bint lossy(double sum_of_squares) noexcept nogil:
+cdef inline bint lossy(real sum_of_squares) noexcept nogil:
     """Whether squares may have under- or overflowed in float32 (in float64 the same bounds do no harm)."""
-    return not 8e-28 < sum_of_squares < 1e36
+    return not <real> 8e-28 < sum_of_squares < <real> 1e36
 
 
 cdef inline double power_near(double v) noexcept nogil:

@@ -67,17 +67,17 @@ static inline uint32_t gn_round_to_bfloat(float f) {
 }
 
 /* In two loops: GCC would narrow first and choose after, with twice the work. */
-static inline void gn_narrow_bfloat(const float *f, gn_bfloat *b, size_t n) {
+static inline void gn_narrow_bfloat(const float *f, gn_bfloat *b, int n) {
     uint32_t u[32];
     for (; n >= 32; n -= 32, f += 32, b += 32) {
         for (int j = 0; j < 32; j++) u[j] = gn_round_to_bfloat(f[j]);
         for (int j = 0; j < 32; j++) b[j].bits = (uint16_t)(u[j] >> 16);
     }
-    for (size_t j = 0; j < n; j++) b[j].bits = (uint16_t)(gn_round_to_bfloat(f[j]) >> 16);
+    for (int j = 0; j < n; j++) b[j].bits = (uint16_t)(gn_round_to_bfloat(f[j]) >> 16);
 }
 
-static inline void gn_widen_half(const gn_half *h, float *f, size_t n) {
-    size_t i = 0;
+static inline void gn_widen_half(const gn_half *h, float *f, int n) {
+    int i = 0;
 #if defined(__AVX512F__)
     for (; i + 16 <= n; i += 16) _mm512_storeu_ps(f + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h + i))));
 #endif
@@ -87,8 +87,8 @@ static inline void gn_widen_half(const gn_half *h, float *f, size_t n) {
     for (; i < n; i++) f[i] = gn_from_half(h[i]);
 }
 
-static inline void gn_narrow_half(const float *f, gn_half *h, size_t n) {
-    size_t i = 0;
+static inline void gn_narrow_half(const float *f, gn_half *h, int n) {
+    int i = 0;
 #if defined(__AVX512F__)
     for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(h + i), _mm512_cvtps_ph(_mm512_loadu_ps(f + i), 0));
 #endif
