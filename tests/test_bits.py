@@ -3,6 +3,12 @@
 Channels-first and channels-last share the bound of test_accuracy.py only, not the bits.
 """
 
+import functools
+import hashlib
+import itertools
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 from helpers import (
@@ -12,6 +18,7 @@ from helpers import (
     LEVELS,
     assert_same_bits,
     assert_same_moments,
+    fresh_python,
     in_layout,
     name_of,
     normal,
@@ -292,3 +299,54 @@ def test_the_same_call_twice_has_the_same_bits(three_processors, layout):
     expected = both_results(arguments)
     for _ in range(20):
         assert_same(both_results(arguments), expected, "again")
+
+
+# ---- caches ----------------------------------------------------------------------------------------------
+
+
+def streamed_results():
+    """Digests of calls whose outputs begin anywhere in a line, apart from the inputs or in place of them."""
+    shapes = [((2, 6, 45, 47), 3), ((3, 8, 2048), 2), ((2, 40, 7, 7), 4), ((5, 96), 3)]
+    found = []
+
+    def note(what, results):
+        every = b"".join(np.ascontiguousarray(result).tobytes() for result in results if result is not None)
+        found.append(f"{what}: {hashlib.sha256(every).hexdigest()[:16]}")
+
+    for dtype, layout, (shape, num_groups) in itertools.product(DTYPES, LAYOUTS, shapes):
+        given = problem(shape, num_groups, dtype, layout)
+        x, _, weight = (given.pop(name) for name in ("x", "num_groups", "weight"))
+        for options in ({}, {"activation": "silu"}, {"residual": given["residual"]}, given):
+            for offset in range(0, 64, max(16, x.itemsize)):
+                apart, in_place = at_odd_address(x, offset), at_odd_address(x, offset)
+                in_place[...] = x
+                what = f"{dtype} {layout} {shape} {[*options]} {offset}"
+                same = {"num_groups": num_groups, "weight": weight, **options}
+                forward = functools.partial(gn_fast.group_norm, **same)
+                backward = functools.partial(gn_fast.group_norm_backward, **same)
+                note(f"{what} y", forward(x, out=apart))
+                note(f"{what} y = x", forward(in_place, out=in_place))
+                dy, dx = apart.copy(order="K"), at_odd_address(x, offset)
+                note(f"{what} dx", backward(dy, x, out=dx))
+                note(f"{what} dx = dy", backward(dy, x, out=dy))
+    return found
+
+
+def test_cache_sizes_change_nothing():
+    """With caches of 4 KiB every output is streamed, and what comes next is asked for."""
+    child = f"""
+    import importlib.util, sys
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    package = importlib.util.find_spec("gn_fast").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("gn_fast.machine", package + "/machine.py")
+    machine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(machine)
+    machine.cache_bytes = lambda level: 1 << 12
+    sys.modules["gn_fast.machine"] = machine
+    import gn_fast, test_bits
+    assert gn_fast.show_config("dicts")["caches"] == {{"level 2": 1 << 12, "last level": 1 << 12}}
+    print(*test_bits.streamed_results(), sep="\\n")
+    """
+    result = fresh_python(textwrap.dedent(child))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == streamed_results()
