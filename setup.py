@@ -25,14 +25,12 @@ else:
 
 # The same bits from every compiler and level: no contraction to FMA, and none of -ffast-math. What no
 # result depends on, errno and floating-point traps, is given up: loops with a square root or a select
-# vectorise then. Short loops that copy stay loops: as calls of memcpy they would send values through the
-# stack that are in registers (an affine of float32 took 1.4 times as long).
+# vectorise then.
 FLAGS = [
     "-O3",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fno-tree-loop-distribute-patterns",
     "-Wall",
     "-Wno-unused-function",  # of fused types not every combination is asked for
 ]
@@ -40,6 +38,10 @@ FLAGS = [
 # A kernel's inline functions are inlined whatever the compiler thinks of their size: a loop that calls one is
 # scalar (the gradient of silu took 20 ns a value, and takes 2.6).
 KERNEL = [("CYTHON_INLINE", "__inline__ __attribute__((__always_inline__, __unused__))")]
+
+# GCC's own: short loops that copy stay loops. As calls of memcpy they would send values through the stack
+# that are in registers (an affine of float32 took 1.4 times as long).
+COPIES = ["-fno-tree-loop-distribute-patterns"]
 
 OPENMP = [  # compile and link flags to try, in order
     (["-fopenmp"], ["-fopenmp"]),
@@ -50,7 +52,7 @@ PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\
 
 
 class BuildExt(build_ext):
-    """Compiles in parallel, with OpenMP for the door where the compiler has it."""
+    """Compiles in parallel: the door with OpenMP and the kernels with COPIES, where the compiler has them."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -58,26 +60,33 @@ class BuildExt(build_ext):
 
     def build_extensions(self):
         compile_flags, link_flags = self.openmp()
+        copies = COPIES if self.builds("int main(void) { return 0; }\n", COPIES) else []
         for extension in self.extensions:
             if extension.name == "gn_fast._core":  # the kernels know nothing of threads
                 extension.extra_compile_args += compile_flags
                 extension.extra_link_args += link_flags
+            else:
+                extension.extra_compile_args += copies
         super().build_extensions()
 
     def openmp(self):
         if os.environ.get("GN_FAST_BUILD_OPENMP") != "0":
             for compile_flags, link_flags in OPENMP:
-                with tempfile.TemporaryDirectory() as folder:
-                    source = Path(folder, "probe.c")
-                    source.write_text(PROBE)
-                    try:
-                        objects = self.compiler.compile([str(source)], folder, extra_postargs=compile_flags)
-                        self.compiler.link_executable(objects, "probe", folder, extra_postargs=link_flags)
-                    except (CompileError, LinkError):
-                        continue
+                if self.builds(PROBE, compile_flags, link_flags):
                     return compile_flags, link_flags
         print("gn_fast is built without OpenMP: it will run on one thread")
         return [], []
+
+    def builds(self, program, compile_flags, link_flags=()):
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.c")
+            source.write_text(program)
+            try:
+                objects = self.compiler.compile([str(source)], folder, extra_postargs=list(compile_flags))
+                self.compiler.link_executable(objects, "probe", folder, extra_postargs=list(link_flags))
+            except (CompileError, LinkError):
+                return False
+            return True
 
 
 def extension(name, source, flags=(), macros=()):

@@ -101,9 +101,9 @@ cdef inline void affine_block(const stored *x, const real *residual, stored *y, 
         narrow[real, stored](z, y, SHORT)
 
 
-# The blocks of a run: at first the last one, which overlaps the one before, as single values would take longer than all the
-# rest of a short run; and the one before the first whole line of memory if y is streamed. They come before any of
-# their values is overwritten.
+# The blocks of a run of at least SHORT values: at first the last one, which overlaps the one before, as single values would
+# take longer than all the rest of a short run; and the one before the first whole line of memory if y is streamed. They
+# come before any of their values is overwritten. What is streamed is apart from what is read.
 
 cdef inline Py_ssize_t first_block(Py_ssize_t n, Py_ssize_t head) noexcept nogil:
     return -2 if head else -1 if n % SHORT else 0
@@ -114,36 +114,44 @@ cdef inline Py_ssize_t place_of_block(Py_ssize_t i, Py_ssize_t n, Py_ssize_t hea
 
 
 cdef inline void affine_run(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
-                            int activation, Flow flow) noexcept nogil:
-    """y = act((x * power - centre) * scale + offset + residual) on values in a row."""
-    cdef stored xshort[SHORT]
-    cdef stored yshort[SHORT]
-    cdef real rshort[SHORT]
-    cdef stored *spare = yshort
-    cdef stored *to = y
-    cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(stored) if flow.stream else 0
-    cdef Py_ssize_t whole = (n - head) // SHORT, i = first_block(n, head), j
-    cdef bint apart = <const void *> x != <const void *> y and <const void *> residual != <const void *> y
-    if n < SHORT:
-        memset(xshort, 0, sizeof(xshort))
-        memset(rshort, 0, sizeof(rshort))
-        memcpy(xshort, x, n * sizeof(stored))
-        memcpy(rshort, residual, (n if flow.step else SHORT) * sizeof(real))
-        x = xshort
-        y = yshort
-        residual = rshort
-        i = 0
-        whole = 1
-    for i in range(i, whole):
+                            int activation, const Flow *flow) noexcept nogil:
+    cdef stored last[SHORT]
+    cdef stored *spare = last
+    cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(stored) if flow.stream else 0, i, j
+    cdef bint in_place = <const void *> x == <const void *> y or <const void *> residual == <const void *> y
+    cdef bint kept = n % SHORT and in_place  # the last block, until the others are done
+    if kept:
+        memset(last, 0, sizeof(last))
+    for i in range(first_block(n, head), (n - head) // SHORT):
         j = place_of_block(i, n, head)
         if flow.ahead:
             gn_prefetch(<const char *> (x + j) + flow.ahead, SHORT * sizeof(stored))
-        affine_block[stored, real](x + j, residual + j * flow.step, spare if i < 0 and not apart else y + j, a + (j if each else 0),
+        affine_block[stored, real](x + j, residual + j * flow.step, spare if kept and i < 0 else y + j, a + (j if each else 0),
                                    each, activation, flow.stream and i >= 0)
-    if n < SHORT:
-        memcpy(to, yshort, n * sizeof(stored))
-    elif n % SHORT and not apart:
-        memcpy(y + n - SHORT, yshort, sizeof(yshort))
+    if kept:
+        memcpy(y + n - SHORT, last, sizeof(last))
+
+
+cdef inline void affine_row(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
+                            int activation, Flow flow) noexcept nogil:
+    """y = act((x * power - centre) * scale + offset + residual) on values in a row; fewer than SHORT are filled up."""
+    cdef stored xfull[SHORT]
+    cdef stored yfull[SHORT]
+    cdef real rfull[SHORT]
+    cdef stored *to = y
+    cdef bint short = n < SHORT
+    if short:
+        memset(xfull, 0, sizeof(xfull))
+        memset(rfull, 0, sizeof(rfull))
+        memcpy(xfull, x, n * sizeof(stored))
+        memcpy(rfull, residual, (n if flow.step else SHORT) * sizeof(real))
+        x = xfull
+        residual = rfull
+        y = yfull
+        flow.stream = False
+    affine_run[stored, real](x, residual, y, max(n, SHORT), a, each, activation, &flow)
+    if short:
+        memcpy(to, yfull, n * sizeof(stored))
 
 
 cdef inline const real *residual_of(const Job *job, const Span *t, real *tile, Flow *flow, Py_ssize_t *row) noexcept nogil:
@@ -199,7 +207,7 @@ cdef inline void planar_tile(const Job *job, const Span *t, const stored *x, con
     if job.S >= SHORT:
         while i < t.lanes:
             run = min(run, t.lanes - i)
-            affine_run[stored, real](x + i, residual + i * flow.step, y + i, run, a, False, activation, flow)
+            affine_row[stored, real](x + i, residual + i * flow.step, y + i, run, a, False, activation, flow)
             i += run
             run = job.S
             a += 1
@@ -208,7 +216,7 @@ cdef inline void planar_tile(const Job *job, const Span *t, const stored *x, con
         for field in range(4):
             repeat[real](a + field * WIDTH, run, job.S, t.lanes, each + field * WIDTH)
         a = each
-    affine_run[stored, real](x, residual, y, t.lanes, a, True, activation, flow)
+    affine_row[stored, real](x, residual, y, t.lanes, a, True, activation, flow)
 
 
 cdef void planar_activated(const Job *job, const Span *t, const stored *x, const real *residual, stored *y,
@@ -250,7 +258,7 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
         run = t
         run.lanes = min(t.lanes, job.S - t.s)
         c = next_tile[real](job, &u, t.lanes, &z, &t, &w, a)
-        flow.stream = (job.y.streamed and run.lanes >= t.lanes and job.residual.data == NULL and job.x.data != job.y.data
+        flow.stream = (job.y.streamed and run.lanes >= max(t.lanes, SHORT) and job.residual.data == NULL and job.x.data != job.y.data
                        and in_one_run(job, &job.x, &run) and in_one_run(job, &job.y, &run))
         if flow.stream:  # nothing needs a tile: all that is left of the channel goes through the registers alone
             t = run

@@ -61,25 +61,27 @@ cdef inline void gradient_run(const real *x, const real *dy, real *y, Py_ssize_t
     """dx = dy * first * second - ((x * power - centre) * slope + constant) on values of a channel, block by block."""
     cdef real z[SHORT]
     cdef real last[SHORT]
-    cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(real) if stream else 0
-    cdef Py_ssize_t whole = (n - head) // SHORT, i, j, k
-    cdef bint apart = x != y and dy != y
+    cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(real) if stream else 0, i, j, k
+    cdef bint kept = n % SHORT and (x == y or dy == y)  # as in affine_run
+    cdef real *spare = last
+    cdef real *to
     if n < SHORT:
         for j in range(n):
             y[j] = dy[j] * first * second - ((x[j] * power - centre) * slope + constant)
         return
-    for i in range(first_block(n, head), whole):
+    if kept:
+        memset(last, 0, sizeof(last))
+    for i in range(first_block(n, head), (n - head) // SHORT):
         k = place_of_block(i, n, head)
+        to = spare if kept and i < 0 else y + k
         for j in range(SHORT):
             z[j] = dy[k + j] * first * second - ((x[k + j] * power - centre) * slope + constant)
         if stream and i >= 0:
-            gn_stream_lines(y + k, z, sizeof(z))
-        elif apart or i >= 0:
-            for j in range(SHORT):
-                y[k + j] = z[j]
+            gn_stream_lines(to, z, sizeof(z))
         else:
-            memcpy(last, z, sizeof(last))
-    if n % SHORT and not apart:
+            for j in range(SHORT):
+                to[j] = z[j]
+    if kept:
         memcpy(y + n - SHORT, last, sizeof(last))
 
 
@@ -102,11 +104,18 @@ cdef void add_sums(const Job *job, Py_ssize_t unit, double *into, const double *
 
 
 cdef inline double dot(const double *v, const double *w, Py_ssize_t n) noexcept nogil:
-    cdef double product[WIDTH]
-    cdef Py_ssize_t i
-    for i in range(n):
-        product[i] = v[i] * w[i]
-    return total[double](product, n)
+    cdef double part[SHORT]
+    cdef Py_ssize_t r, j
+    for j in range(SHORT):
+        part[j] = 0
+    for r in range(n // SHORT):
+        for j in range(SHORT):
+            part[j] += v[j] * w[j]
+        v += SHORT
+        w += SHORT
+    for j in range(n % SHORT):
+        part[j] += v[j] * w[j]
+    return total[double](part, SHORT)
 
 
 cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) noexcept nogil:
@@ -207,7 +216,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
         run.lanes = min(t.lanes, job.S - t.s)
         c = next_tile[real](job, &u, t.lanes, &z, &t, &w, affine)
         scale = affine + SCALE
-        stream = (plain and run.lanes >= t.lanes and in_one_run(job, &job.x, &run) and in_one_run(job, &job.dy, &run)
+        stream = (plain and run.lanes >= max(t.lanes, SHORT) and in_one_run(job, &job.x, &run) and in_one_run(job, &job.dy, &run)
                   and in_one_run(job, &job.y, &run))
         if stream:  # as in planar_affine
             t = run
@@ -243,9 +252,12 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 if job.S > 1:
                     repeat[real](scale + c, job.S - t.s, job.S, t.lanes, each_scale)
                     each = each_scale
+                if sloped:
+                    for j in range(t.lanes):
+                        ztile[j] = (x[j] * power - mean) * slope + constant
                 for j in range(t.lanes):
                     slope_of_dy[real](each[j], power, &a, &b)
-                    y[j] = one_nan[real](dy[j] * a * b - (((x[j] * power - mean) * slope + constant) if sloped else ztile[j]))
+                    y[j] = one_nan[real](dy[j] * a * b - ztile[j])
             i = 0 if job.S >= SHORT else t.lanes
             while i < t.lanes:
                 n = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
@@ -361,8 +373,14 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
             t.rows = next_rows(stop - t.s, t.lanes, AREA if summing else PATCH, &fold)
             x = load[real](job, &job.x, &t, xtile, &row)
             if job.activation != IDENTITY:
+                x = in_a_row[real](x, &row, &t, xtile)
                 residual = residual_of[real](job, &t, rtile, &flow, &rrow)
-                interleaved_tile[real, real](x, row, residual, rrow, ztile, t.lanes, t.rows, t.lanes, affine, IDENTITY, flow)
+                if flow.step:
+                    residual = in_a_row[real](residual, &rrow, &t, rtile)
+                if row != t.lanes or (flow.step and rrow != t.lanes):
+                    fold = 1
+                interleaved_tile[real, real](x, fold * row, residual, fold * rrow, ztile, fold * t.lanes, t.rows // fold,
+                                             fold * t.lanes, affine, IDENTITY, flow)
             dy = before_activation[real](job, &t, ztile, dytile, &dyrow)
             if summing:
                 sums = found + sums_at(job)

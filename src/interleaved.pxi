@@ -252,7 +252,7 @@ cdef inline void interleaved_tile(const stored *x, Py_ssize_t row, const real *r
                                   Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes, const real *a, int activation, Flow flow) noexcept nogil:
     cdef Py_ssize_t r
     for r in range(rows):
-        affine_run[stored, real](x + r * row, residual + r * rrow, y + r * yrow, lanes, a, True, activation, flow)
+        affine_row[stored, real](x + r * row, residual + r * rrow, y + r * yrow, lanes, a, True, activation, flow)
 
 
 cdef void interleaved_activated(const Job *job, const stored *x, Py_ssize_t row, const real *residual, Py_ssize_t rrow,
@@ -295,9 +295,14 @@ cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, 
         t.s = chunk * job.chunk
         while t.s < stop:
             t.rows = next_rows(stop - t.s, t.lanes, PATCH, &fold)
-            x = load[stored](job, &job.x, &t, xtile, &row)
+            x = in_a_row[stored](load[stored](job, &job.x, &t, xtile, &row), &row, &t, xtile)
             residual = residual_of[real](job, &t, rtile, &flow, &rrow)
+            if flow.step:
+                residual = in_a_row[real](residual, &rrow, &t, rtile)
             y = direct[stored](job, &job.y, &t, ytile, False, &yrow)
+            if yrow != t.lanes and t.lanes < SHORT:
+                y = ytile
+                yrow = t.lanes
             if row != t.lanes or (flow.step and rrow != t.lanes) or yrow != t.lanes:
                 fold = 1
             flow.ahead = AHEAD * sizeof(stored) if row == t.lanes and x != xtile else 0

@@ -1,7 +1,7 @@
 # The kernel: what its parts share, and the table of passes. A module for one instruction set is a title page that
 # includes this file; threads and checks live in the door.
 #
-#   tile    some thousand values in L1, in the compute type
+#   tile    some thousand values, where they lie or gathered in L1
 #   block   a tile whose moments are summed in lanes, x - p and (x - p)^2 about a pivot p near the mean
 #   chunk   the blocks between two places where threads may part; its blocks are merged in order
 #   unit    the groups of a sample that are swept together; its chunks are merged in order
@@ -28,7 +28,7 @@ cdef enum:
     STEP = 8 * VECTOR  # values that are added up at once
     PIECE = 2 * STEP  # values whose sums stay in the compute type before they are added up in float64
     BLOCK = 8 * PIECE  # values of a planar block, which has one pivot: few, for data that drift, and enough to hide the merge
-    TILE = 1024  # values of a planar tile that is normalized, which stays in level 1 until it is stored
+    TILE = 1024  # values of a planar tile that is normalized, which stays in level 1 until it is stored, if it must be gathered
     ROWS = 32  # of an interleaved block
     WIDTH = 512  # lanes of an interleaved tile at most: its channels, or several positions of few channels
     AREA = 8192  # values of an interleaved tile that is summed, at most: 32 KiB of float32
@@ -37,7 +37,8 @@ cdef enum:
     AHEAD = 4096  # values after those at work that channels-last walks fetch: 16 KiB of float32
     PIVOT_ROWS = 8  # of values averaged for a pivot: 0.4 standard deviations from the mean are as good as none
     SMALL = 512  # groups of fewer values have their moments computed in float64
-    SHORT = 32  # channels of fewer positions are worked on many at a time; GCC unrolls loops of 16 steps and vectorises none
+    SHORT = 32  # values that stay in registers between load and store; channels of fewer positions are worked on many at a
+    # time. GCC unrolls loops of 16 steps and vectorises none
     QUARTER = SHORT // 4
 
 include "moments.pxi"

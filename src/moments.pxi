@@ -226,7 +226,7 @@ cdef inline bint plain_block(const stored *x, Py_ssize_t n, bint seen, real *piv
 
 
 cdef void planar_block(const Job *job, const Span *whole, bint seen, real *pivot, real *size, double *moments) noexcept nogil:
-    """The same of any span, masked or not."""
+    """The moments of any span of one group: strided, masked or beyond float32's range."""
     cdef real buffer[PIECE]
     cdef real copy[PIECE]
     cdef uint8_t mbuffer[PIECE]
@@ -334,7 +334,7 @@ cdef bint sparse(const Job *job, const Span *t, Py_ssize_t least) noexcept nogil
     return count < least
 
 
-cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _, stored *elsewhere) noexcept nogil:
+cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _, stored *none) noexcept nogil:
     cdef double block[4]
     cdef Py_ssize_t pos, stop, row
     cdef const stored *x
@@ -345,11 +345,11 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
     bounds(job, chunk, &pos, &stop)
     while pos < stop:
         t = planar_span(job, &u, pos, min(stop - pos, BLOCK))
-        x = direct[stored](job, &job.x, &t, elsewhere, False, &row)
+        x = direct[stored](job, &job.x, &t, none, False, &row)
         if sparse(job, &t, SMALL):
             small_block(job, &t, block)
         else:
-            if job.mask.data != NULL or x == elsewhere or not plain_block[stored, real](x, t.lanes, seen, &pivot, &size, block):
+            if job.mask.data != NULL or x == NULL or not plain_block[stored, real](x, t.lanes, seen, &pivot, &size, block):
                 planar_block[real](job, &t, seen, &pivot, &size, block)
             # The mean of this block is the pivot of the block after the next: the next one need not wait for it.
             pivot = next_pivot if seen else pivot

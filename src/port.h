@@ -60,10 +60,10 @@ static inline gn_half gn_to_half(float f) {
 
 static inline float gn_from_bfloat(gn_bfloat b) { return gn_float_of_bits((uint32_t)b.bits << 16); }
 
-/* Round to nearest even, in the upper half. A NaN comes out of arithmetic, quiet: its upper half is one. */
+/* Round to nearest even, in the upper half; NaNs become quiet. */
 static inline uint32_t gn_round_to_bfloat(float f) {
     uint32_t u = gn_bits_of_float(f), rounded = u + 0x7FFFu + ((u >> 16) & 1u);
-    return f != f ? u : rounded;
+    return f != f ? u | 0x00400000u : rounded;
 }
 
 /* In two loops: GCC would narrow first and choose after, with twice the work. */
@@ -80,8 +80,7 @@ static inline void gn_widen_half(const gn_half *h, float *f, int n) {
     int i = 0;
 #if defined(__AVX512F__)
     for (; i + 16 <= n; i += 16) _mm512_storeu_ps(f + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(h + i))));
-#endif
-#if defined(__F16C__)
+#elif defined(__F16C__)
     for (; i + 8 <= n; i += 8) _mm256_storeu_ps(f + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(h + i))));
 #endif
     for (; i < n; i++) f[i] = gn_from_half(h[i]);
@@ -91,8 +90,7 @@ static inline void gn_narrow_half(const float *f, gn_half *h, int n) {
     int i = 0;
 #if defined(__AVX512F__)
     for (; i + 16 <= n; i += 16) _mm256_storeu_si256((__m256i *)(h + i), _mm512_cvtps_ph(_mm512_loadu_ps(f + i), 0));
-#endif
-#if defined(__F16C__)
+#elif defined(__F16C__)
     for (; i + 16 <= n; i += 16)  /* in one store: what is streamed is loaded 32 bytes at a time */
         _mm256_storeu_si256((__m256i *)(h + i), _mm256_set_m128i(_mm256_cvtps_ph(_mm256_loadu_ps(f + i + 8), 0),
                                                                  _mm256_cvtps_ph(_mm256_loadu_ps(f + i), 0)));

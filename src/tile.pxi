@@ -1,5 +1,5 @@
-# Tiles: some thousand values of an array, where they lie or gathered in L1. Storage types, strides and streaming
-# stores live in this file and nowhere else.
+# Tiles: some thousand values of an array, where they lie or gathered in L1; and their types. Strides live in this file
+# and nowhere else.
 
 from libc.stdint cimport uint8_t, uint16_t
 from libc.string cimport memcpy, memset
@@ -11,9 +11,9 @@ cdef extern from "port.h" nogil:
         pass
     float gn_from_half(half)
     float gn_from_bfloat(bfloat)
-    void gn_widen_half(const half *, float *, Py_ssize_t)
-    void gn_narrow_half(const float *, half *, Py_ssize_t)
-    void gn_narrow_bfloat(const float *, bfloat *, Py_ssize_t)
+    void gn_widen_half(const half *, float *, int)
+    void gn_narrow_half(const float *, half *, int)
+    void gn_narrow_bfloat(const float *, bfloat *, int)
     void gn_stream(void *, const void *, size_t)
     void gn_stream_lines(void *, const void *, size_t)
     Py_ssize_t gn_before_line(const void *)
@@ -135,7 +135,7 @@ cdef inline Storage storage_as(const stored *_) noexcept nogil:
 
 
 cdef void read_run(const View *v, const char *p, Py_ssize_t stride, stored *tile, Py_ssize_t n) noexcept nogil:
-    """Read values a stride apart, into a tile of their type or of a compute type."""
+    """Read values a stride apart, into a tile of their type or of a compute type (a 16-bit tile holds its own type only)."""
     cdef double packet[PACKET]
     cdef Py_ssize_t i = 0, m
     if v.storage == storage_as(tile):
@@ -299,7 +299,7 @@ cdef inline stored *load(const Job *job, const View *v, const Span *t, stored *b
     return tile
 
 
-cdef inline Py_ssize_t pack(const real *x, Py_ssize_t row, const Span *t, const uint8_t *mask, real *tile) noexcept nogil:
+cdef inline Py_ssize_t pack(const stored *x, Py_ssize_t row, const Span *t, const uint8_t *mask, stored *tile) noexcept nogil:
     """Bring a span's rows, or those that count, together in a tile, and return how many they are."""
     cdef Py_ssize_t r, j, count = 0
     if x == tile and mask == NULL:
@@ -310,3 +310,12 @@ cdef inline Py_ssize_t pack(const real *x, Py_ssize_t row, const Span *t, const 
                 tile[count * t.lanes + j] = x[r * row + j]
             count += 1
     return count
+
+
+cdef inline const stored *in_a_row(const stored *x, Py_ssize_t *row, const Span *t, stored *tile) noexcept nogil:
+    """Rows of few lanes brought together, so that several make a run of the length that the affine works on."""
+    if row[0] == t.lanes or t.lanes >= SHORT:
+        return x
+    pack[stored](x, row[0], t, NULL, tile)
+    row[0] = t.lanes
+    return tile

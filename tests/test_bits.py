@@ -306,7 +306,8 @@ def test_the_same_call_twice_has_the_same_bits(three_processors, layout):
 
 def streamed_results():
     """Digests of calls whose outputs begin anywhere in a line, apart from the inputs or in place of them."""
-    shapes = [((2, 6, 45, 47), 3), ((3, 8, 2048), 2), ((2, 40, 7, 7), 4), ((5, 96), 3)]
+    shapes = [((2, 6, 45, 47), 3), ((3, 8, 2048), 2), ((2, 40, 7, 7), 4), ((5, 96), 3), ((3, 2, 513), 1),
+              ((9, 5, 20), 5), ((5, 513), 1)]  # fmt: skip
     found = []
 
     def note(what, results):

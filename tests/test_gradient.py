@@ -1015,3 +1015,13 @@ def test_a_group_beyond_range_leaves_the_bits_of_the_others(weight, layout):
     dx = gn_fast.group_norm_backward(dy, x, 2, weights)[0]
     assert_same_bits(dx[:1], ones[:1])
     assert_same_bits(dx[:, 2:], ones[:, 2:])
+
+
+def test_a_signalling_nan_of_dy_is_a_nan_of_dresidual():
+    """No arithmetic makes it quiet on the way."""
+    x = normal(np.random.default_rng(0), (1, 2, 64), ml_dtypes.bfloat16)
+    dy = np.ones(x.shape, np.float32)
+    dy.view(np.uint32)[0, 0, 3] = 0x7F800001
+    for activation in (None, "relu"):
+        dresidual = gn_fast.group_norm_backward(dy, x, 1, residual=x + 100, activation=activation)[3]
+        assert np.isnan(dresidual[0, 0, 3])
