@@ -78,7 +78,8 @@ cdef struct Flow:  # how a run of values passes through the core
     bint stream  # y is written past the caches
 
 
-cdef inline void affine_block(const stored *x, const real *residual, stored *y, const real *a, bint each, int activation, bint stream) noexcept nogil:
+cdef inline void affine_block(const stored *x, const real *residual, stored *y, const real *a, bint each, bint residing,
+                              int activation, bint stream) noexcept nogil:
     """SHORT values with a parameter for each, or one for all. From its loops over a constant number of values the
     compiler makes one, whose values never leave the registers."""
     cdef real wide[SHORT]
@@ -88,10 +89,13 @@ cdef inline void affine_block(const stored *x, const real *residual, stored *y, 
     widen[stored, real](x, wide, SHORT)
     if each:
         for j in range(SHORT):
-            z[j] = ((wide[j] * a[POWER + j] - a[CENTRE + j]) * a[SCALE + j] + a[OFFSET + j]) + residual[j]
+            z[j] = (wide[j] * a[POWER + j] - a[CENTRE + j]) * a[SCALE + j] + a[OFFSET + j]
     else:
         for j in range(SHORT):
-            z[j] = ((wide[j] * a[POWER] - a[CENTRE]) * a[SCALE] + a[OFFSET]) + residual[j]
+            z[j] = (wide[j] * a[POWER] - a[CENTRE]) * a[SCALE] + a[OFFSET]
+    if residing:
+        for j in range(SHORT):
+            z[j] += residual[j]
     for j in range(SHORT):
         z[j] = activated(activation, z[j])
     if stream:
@@ -113,8 +117,8 @@ cdef inline Py_ssize_t place_of_block(Py_ssize_t i, Py_ssize_t n, Py_ssize_t hea
     return head + i * SHORT if i >= 0 else n - SHORT if i == -1 else 0
 
 
-cdef inline void affine_run(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
-                            int activation, const Flow *flow) noexcept nogil:
+cdef inline void affine_blocks(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
+                               bint plain, int activation, const Flow *flow) noexcept nogil:
     cdef stored last[SHORT]
     cdef stored *spare = last
     cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(stored) if flow.stream else 0, i, j
@@ -124,12 +128,20 @@ cdef inline void affine_run(const stored *x, const real *residual, stored *y, Py
         memset(last, 0, sizeof(last))
     for i in range(first_block(n, head), (n - head) // SHORT):
         j = place_of_block(i, n, head)
-        if flow.ahead:
+        if not plain and flow.ahead:
             gn_prefetch(<const char *> (x + j) + flow.ahead, SHORT * sizeof(stored))
         affine_block[stored, real](x + j, residual + j * flow.step, spare if kept and i < 0 else y + j, a + (j if each else 0),
-                                   each, activation, flow.stream and i >= 0)
+                                   each, not plain, activation, not plain and flow.stream and i >= 0)
     if kept:
         memcpy(y + n - SHORT, last, sizeof(last))
+
+
+cdef inline void affine_run(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
+                            int activation, const Flow *flow) noexcept nogil:
+    if activation == IDENTITY and not (flow.step or flow.stream or flow.ahead):  # from a cache: here each test would tell
+        affine_blocks[stored, real](x, residual, y, n, a, each, True, activation, flow)
+    else:
+        affine_blocks[stored, real](x, residual, y, n, a, each, False, activation, flow)
 
 
 cdef inline void affine_row(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
