@@ -105,9 +105,9 @@ cdef inline void affine_block(const stored *x, const real *residual, stored *y, 
         narrow[real, stored](z, y, SHORT)
 
 
-# The blocks of a run of at least SHORT values: at first the last one, which overlaps the one before, as single values would
-# take longer than all the rest of a short run; and the one before the first whole line of memory if y is streamed. They
-# come before any of their values is overwritten. What is streamed is apart from what is read.
+# The blocks of a run of at least SHORT values: at first the last one, which overlaps the one before, as single values
+# would take longer than all the rest of a short run; and the one before the first whole line of memory if y is streamed.
+# They come before any of their values is overwritten. What is streamed is apart from what is read.
 
 cdef inline Py_ssize_t first_block(Py_ssize_t n, Py_ssize_t head) noexcept nogil:
     return -2 if head else -1 if n % SHORT else 0
@@ -137,20 +137,13 @@ cdef inline void affine_blocks(const stored *x, const real *residual, stored *y,
 
 
 cdef inline void affine_run(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
-                            int activation, const Flow *flow) noexcept nogil:
-    if activation == IDENTITY and not (flow.step or flow.stream or flow.ahead):  # from a cache: here each test would tell
-        affine_blocks[stored, real](x, residual, y, n, a, each, True, activation, flow)
-    else:
-        affine_blocks[stored, real](x, residual, y, n, a, each, False, activation, flow)
-
-
-cdef inline void affine_row(const stored *x, const real *residual, stored *y, Py_ssize_t n, const real *a, bint each,
                             int activation, Flow flow) noexcept nogil:
     """y = act((x * power - centre) * scale + offset + residual) on values in a row; fewer than SHORT are filled up."""
     cdef stored xfull[SHORT]
     cdef stored yfull[SHORT]
     cdef real rfull[SHORT]
     cdef stored *to = y
+    cdef Py_ssize_t values = n
     cdef bint short = n < SHORT
     if short:
         memset(xfull, 0, sizeof(xfull))
@@ -161,9 +154,39 @@ cdef inline void affine_row(const stored *x, const real *residual, stored *y, Py
         residual = rfull
         y = yfull
         flow.stream = False
-    affine_run[stored, real](x, residual, y, max(n, SHORT), a, each, activation, &flow)
+        n = SHORT
+    if activation == IDENTITY and not (flow.step or flow.stream or flow.ahead):  # from a cache: here each test would tell
+        affine_blocks[stored, real](x, residual, y, n, a, each, True, activation, &flow)
+    else:
+        affine_blocks[stored, real](x, residual, y, n, a, each, False, activation, &flow)
     if short:
-        memcpy(to, yfull, n * sizeof(stored))
+        memcpy(to, yfull, values * sizeof(stored))
+
+
+# One loop for each activation, in which it is a constant.
+
+cdef inline void lanes_activated_as(const stored *x, Py_ssize_t xrow, const real *residual, Py_ssize_t rrow, stored *y, Py_ssize_t yrow,
+                                    Py_ssize_t rows, Py_ssize_t lanes, const real *a, int activation, Flow flow) noexcept nogil:
+    cdef Py_ssize_t r
+    for r in range(rows):
+        affine_run[stored, real](x + r * xrow, residual + r * rrow, y + r * yrow, lanes, a, True, activation, flow)
+
+
+cdef void lanes_activated(const stored *x, Py_ssize_t xrow, const real *residual, Py_ssize_t rrow, stored *y, Py_ssize_t yrow,
+                          Py_ssize_t rows, Py_ssize_t lanes, const real *a, int activation, Flow flow) noexcept nogil:
+    """The affine of rows of lanes, with parameters for each lane."""
+    if activation == IDENTITY:
+        lanes_activated_as[stored, real](x, xrow, residual, rrow, y, yrow, rows, lanes, a, IDENTITY, flow)
+    elif activation == RELU:
+        lanes_activated_as[stored, real](x, xrow, residual, rrow, y, yrow, rows, lanes, a, RELU, flow)
+    elif activation == SILU:
+        lanes_activated_as[stored, real](x, xrow, residual, rrow, y, yrow, rows, lanes, a, SILU, flow)
+    elif activation == GELU:
+        lanes_activated_as[stored, real](x, xrow, residual, rrow, y, yrow, rows, lanes, a, GELU, flow)
+    elif activation == GELU_TANH:
+        lanes_activated_as[stored, real](x, xrow, residual, rrow, y, yrow, rows, lanes, a, GELU_TANH, flow)
+    else:
+        lanes_activated_as[stored, real](x, xrow, residual, rrow, y, yrow, rows, lanes, a, MISH, flow)
 
 
 cdef inline const real *residual_of(const Job *job, const Span *t, real *tile, Flow *flow, Py_ssize_t *row) noexcept nogil:
@@ -211,40 +234,47 @@ cdef inline void repeat(const real *v, Py_ssize_t first, Py_ssize_t times, Py_ss
         run = times
 
 
-cdef inline void planar_tile(const Job *job, const Span *t, const stored *x, const real *residual, stored *y,
-                             const real *a, int activation, Flow flow) noexcept nogil:
+cdef inline void runs_activated_as(const stored *x, const real *residual, stored *y, Py_ssize_t first, Py_ssize_t S, Py_ssize_t lanes,
+                                   const real *a, int activation, Flow flow) noexcept nogil:
+    cdef Py_ssize_t i = 0, run = first
+    while i < lanes:
+        run = min(run, lanes - i)
+        affine_run[stored, real](x + i, residual + i * flow.step, y + i, run, a, False, activation, flow)
+        i += run
+        run = S
+        a += 1
+
+
+cdef void runs_activated(const stored *x, const real *residual, stored *y, Py_ssize_t first, Py_ssize_t S, Py_ssize_t lanes,
+                         const real *a, int activation, Flow flow) noexcept nogil:
+    """The affine of channels of S values, with parameters for each channel; of the first one the last values only."""
+    if activation == IDENTITY:
+        runs_activated_as[stored, real](x, residual, y, first, S, lanes, a, IDENTITY, flow)
+    elif activation == RELU:
+        runs_activated_as[stored, real](x, residual, y, first, S, lanes, a, RELU, flow)
+    elif activation == SILU:
+        runs_activated_as[stored, real](x, residual, y, first, S, lanes, a, SILU, flow)
+    elif activation == GELU:
+        runs_activated_as[stored, real](x, residual, y, first, S, lanes, a, GELU, flow)
+    elif activation == GELU_TANH:
+        runs_activated_as[stored, real](x, residual, y, first, S, lanes, a, GELU_TANH, flow)
+    else:
+        runs_activated_as[stored, real](x, residual, y, first, S, lanes, a, MISH, flow)
+
+
+cdef void planar_tile(const Job *job, const Span *t, const stored *x, const real *residual, stored *y, const real *a,
+                      int activation, Flow flow) noexcept nogil:
     """The affine of a tile, with parameters for each channel."""
     cdef real each[PARAMETERS]
-    cdef Py_ssize_t i = 0, run = job.S - t.s, field
+    cdef Py_ssize_t field
     if job.S >= SHORT:
-        while i < t.lanes:
-            run = min(run, t.lanes - i)
-            affine_row[stored, real](x + i, residual + i * flow.step, y + i, run, a, False, activation, flow)
-            i += run
-            run = job.S
-            a += 1
+        runs_activated[stored, real](x, residual, y, job.S - t.s, job.S, t.lanes, a, activation, flow)
         return
     if job.S > 1:
         for field in range(4):
-            repeat[real](a + field * WIDTH, run, job.S, t.lanes, each + field * WIDTH)
+            repeat[real](a + field * WIDTH, job.S - t.s, job.S, t.lanes, each + field * WIDTH)
         a = each
-    affine_row[stored, real](x, residual, y, t.lanes, a, True, activation, flow)
-
-
-cdef void planar_activated(const Job *job, const Span *t, const stored *x, const real *residual, stored *y,
-                           const real *a, Flow flow) noexcept nogil:
-    if job.activation == IDENTITY:
-        planar_tile[stored, real](job, t, x, residual, y, a, IDENTITY, flow)
-    elif job.activation == RELU:
-        planar_tile[stored, real](job, t, x, residual, y, a, RELU, flow)
-    elif job.activation == SILU:
-        planar_tile[stored, real](job, t, x, residual, y, a, SILU, flow)
-    elif job.activation == GELU:
-        planar_tile[stored, real](job, t, x, residual, y, a, GELU, flow)
-    elif job.activation == GELU_TANH:
-        planar_tile[stored, real](job, t, x, residual, y, a, GELU_TANH, flow)
-    else:
-        planar_tile[stored, real](job, t, x, residual, y, a, MISH, flow)
+    lanes_activated[stored, real](x, 0, residual, 0, y, 0, 1, t.lanes, a, activation, flow)
 
 
 cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _, stored *_storage) noexcept nogil:
@@ -278,7 +308,7 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
         residual = residual_of[real](job, &t, rtile, &flow, &row)
         y = direct[stored](job, &job.y, &t, ytile, flow.stream, &row)
         flow.ahead = job.ahead if x != xtile else 0  # a share of what the next unit will read, as this one keeps the core busy
-        planar_activated[stored, real](job, &t, x, residual, y, a + c, flow)
+        planar_tile[stored, real](job, &t, x, residual, y, a + c, job.activation, flow)
         if y == ytile:
             move[stored](job, &job.y, &t, y, True)
         advance(job, &whole, &t)

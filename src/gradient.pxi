@@ -379,8 +379,8 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
                     residual = in_a_row[real](residual, &rrow, &t, rtile)
                 if row != t.lanes or (flow.step and rrow != t.lanes):
                     fold = 1
-                interleaved_tile[real, real](x, fold * row, residual, fold * rrow, ztile, fold * t.lanes, t.rows // fold,
-                                             fold * t.lanes, affine, IDENTITY, flow)
+                lanes_activated[real, real](x, fold * row, residual, fold * rrow, ztile, fold * t.lanes, t.rows // fold,
+                                            fold * t.lanes, affine, IDENTITY, flow)
             dy = before_activation[real](job, &t, ztile, dytile, &dyrow)
             if summing:
                 sums = found + sums_at(job)

@@ -248,30 +248,6 @@ cdef void lane_parameters(const Job *job, const Unit *u, Py_ssize_t c, Py_ssize_
             a[field * WIDTH + j] = a[field * WIDTH + j - width]
 
 
-cdef inline void interleaved_tile(const stored *x, Py_ssize_t row, const real *residual, Py_ssize_t rrow, stored *y,
-                                  Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes, const real *a, int activation, Flow flow) noexcept nogil:
-    cdef Py_ssize_t r
-    for r in range(rows):
-        affine_row[stored, real](x + r * row, residual + r * rrow, y + r * yrow, lanes, a, True, activation, flow)
-
-
-cdef void interleaved_activated(const Job *job, const stored *x, Py_ssize_t row, const real *residual, Py_ssize_t rrow,
-                                stored *y, Py_ssize_t yrow, Py_ssize_t rows, Py_ssize_t lanes, const real *a,
-                                Flow flow) noexcept nogil:
-    if job.activation == IDENTITY:
-        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, IDENTITY, flow)
-    elif job.activation == RELU:
-        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, RELU, flow)
-    elif job.activation == SILU:
-        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, SILU, flow)
-    elif job.activation == GELU:
-        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, GELU, flow)
-    elif job.activation == GELU_TANH:
-        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, GELU_TANH, flow)
-    else:
-        interleaved_tile[stored, real](x, row, residual, rrow, y, yrow, rows, lanes, a, MISH, flow)
-
-
 cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _, stored *_storage) noexcept nogil:
     cdef stored xtile[PATCH]
     cdef stored ytile[PATCH]
@@ -306,8 +282,8 @@ cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, 
             if row != t.lanes or (flow.step and rrow != t.lanes) or yrow != t.lanes:
                 fold = 1
             flow.ahead = AHEAD * sizeof(stored) if row == t.lanes and x != xtile else 0
-            interleaved_activated[stored, real](job, x, fold * row, residual, fold * rrow, y, fold * yrow,
-                                                t.rows // fold, fold * t.lanes, a, flow)
+            lanes_activated[stored, real](x, fold * row, residual, fold * rrow, y, fold * yrow, t.rows // fold, fold * t.lanes,
+                                          a, job.activation, flow)
             if y == ytile:
                 move[stored](job, &job.y, &t, y, True)
             t.s += t.rows
