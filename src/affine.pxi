@@ -78,13 +78,21 @@ cdef struct Flow:  # how a run of values passes through the core
     bint stream  # y is written past the caches
 
 
+cdef inline void store_block(const real *z, stored *y, bint stream) noexcept nogil:
+    cdef stored narrowed[SHORT]
+    if stream:
+        narrow[real, stored](z, narrowed, SHORT)
+        gn_stream_lines(y, narrowed, sizeof(narrowed))
+    else:
+        narrow[real, stored](z, y, SHORT)
+
+
 cdef inline void affine_block(const stored *x, const real *residual, stored *y, const real *a, bint each, bint residing,
                               int activation, bint stream) noexcept nogil:
     """SHORT values with a parameter for each, or one for all. From its loops over a constant number of values the
     compiler makes one, whose values never leave the registers."""
     cdef real wide[SHORT]
     cdef real z[SHORT]
-    cdef stored narrowed[SHORT]
     cdef Py_ssize_t j
     widen[stored, real](x, wide, SHORT)
     if each:
@@ -98,11 +106,7 @@ cdef inline void affine_block(const stored *x, const real *residual, stored *y, 
             z[j] += residual[j]
     for j in range(SHORT):
         z[j] = activated(activation, z[j])
-    if stream:
-        narrow[real, stored](z, narrowed, SHORT)
-        gn_stream_lines(y, narrowed, sizeof(narrowed))
-    else:
-        narrow[real, stored](z, y, SHORT)
+    store_block[real, stored](z, y, stream)
 
 
 # The blocks of a run of at least SHORT values: at first the last one, which overlaps the one before, as single values
@@ -169,7 +173,7 @@ cdef inline void lanes_activated_as(const stored *x, Py_ssize_t xrow, const real
                                     Py_ssize_t rows, Py_ssize_t lanes, const real *a, int activation, Flow flow) noexcept nogil:
     cdef Py_ssize_t r
     for r in range(rows):
-        affine_run[stored, real](x + r * xrow, residual + r * rrow, y + r * yrow, lanes, a, True, activation, flow)
+        affine_run[stored, real](x + r * xrow, residual + r * rrow * flow.step, y + r * yrow, lanes, a, True, activation, flow)
 
 
 cdef void lanes_activated(const stored *x, Py_ssize_t xrow, const real *residual, Py_ssize_t rrow, stored *y, Py_ssize_t yrow,
@@ -194,8 +198,8 @@ cdef inline const real *residual_of(const Job *job, const Span *t, real *tile, F
     cdef Py_ssize_t j
     flow.step = job.residual.data != NULL
     if flow.step:
-        return load[real](job, &job.residual, t, tile, row)
-    row[0] = 0
+        return in_a_row[real](load[real](job, &job.residual, t, tile, row), row, t, tile)
+    row[0] = t.lanes
     for j in range(SHORT):
         tile[j] = <real> -0.0
     return tile
@@ -221,6 +225,18 @@ cdef inline Py_ssize_t next_tile(const Job *job, const Unit *u, Py_ssize_t left,
         weigh[real](job, t.n, t.c, w.count, z, a)
         place = 0
     return place
+
+
+cdef inline bint in_one_piece(const Job *job, Py_ssize_t left, Span *t) noexcept nogil:
+    """Make a tile all that is left of its channel, if that is no less and all arrays hold it in a row: then nothing needs
+    a tile, and it goes through the registers alone."""
+    cdef Span run = t[0]
+    run.lanes = min(left, job.S - t.s)
+    if (run.lanes < max(t.lanes, SHORT) or not in_one_run(job, &job.x, &run) or not in_one_run(job, &job.y, &run)
+            or (job.dy.data != NULL and not in_one_run(job, &job.dy, &run))):
+        return False
+    t[0] = run
+    return True
 
 
 cdef inline void repeat(const real *v, Py_ssize_t first, Py_ssize_t times, Py_ssize_t n, real *each) noexcept nogil:
@@ -282,7 +298,7 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
     cdef stored ytile[TILE]
     cdef real rtile[TILE]
     cdef real a[PARAMETERS]
-    cdef Py_ssize_t pos, stop, row, c
+    cdef Py_ssize_t pos, stop, left, row, c
     cdef const stored *x
     cdef const real *residual
     cdef stored *y
@@ -290,20 +306,17 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
     cdef Flow flow
     cdef Window w
     cdef Standard z
-    cdef Span whole, t, run
+    cdef Span whole, t
+    cdef bint plain = job.y.streamed and job.residual.data == NULL and job.x.data != job.y.data
     standardize[real](known, 1, 0, job.eps, &z, 0)
     bounds(job, chunk, &pos, &stop)
     whole = t = planar_span(job, &u, pos, stop - pos)
     w.first = t.c - u.c
     w.count = 0
     while t.lanes > 0:
-        run = t
-        run.lanes = min(t.lanes, job.S - t.s)
-        c = next_tile[real](job, &u, t.lanes, &z, &t, &w, a)
-        flow.stream = (job.y.streamed and run.lanes >= max(t.lanes, SHORT) and job.residual.data == NULL and job.x.data != job.y.data
-                       and in_one_run(job, &job.x, &run) and in_one_run(job, &job.y, &run))
-        if flow.stream:  # nothing needs a tile: all that is left of the channel goes through the registers alone
-            t = run
+        left = t.lanes
+        c = next_tile[real](job, &u, left, &z, &t, &w, a)
+        flow.stream = plain and in_one_piece(job, left, &t)
         x = load[stored](job, &job.x, &t, xtile, &row)
         residual = residual_of[real](job, &t, rtile, &flow, &row)
         y = direct[stored](job, &job.y, &t, ytile, flow.stream, &row)

@@ -62,9 +62,8 @@ cdef inline void gradient_run(const real *x, const real *dy, real *y, Py_ssize_t
     cdef real z[SHORT]
     cdef real last[SHORT]
     cdef Py_ssize_t head = gn_before_line(y) // <Py_ssize_t> sizeof(real) if stream else 0, i, j, k
-    cdef bint kept = n % SHORT and (x == y or dy == y)  # as in affine_run
+    cdef bint kept = n % SHORT and (x == y or dy == y)  # as in affine_blocks
     cdef real *spare = last
-    cdef real *to
     if n < SHORT:
         for j in range(n):
             y[j] = dy[j] * first * second - ((x[j] * power - centre) * slope + constant)
@@ -73,14 +72,9 @@ cdef inline void gradient_run(const real *x, const real *dy, real *y, Py_ssize_t
         memset(last, 0, sizeof(last))
     for i in range(first_block(n, head), (n - head) // SHORT):
         k = place_of_block(i, n, head)
-        to = spare if kept and i < 0 else y + k
         for j in range(SHORT):
             z[j] = dy[k + j] * first * second - ((x[k + j] * power - centre) * slope + constant)
-        if stream and i >= 0:
-            gn_stream_lines(to, z, sizeof(z))
-        else:
-            for j in range(SHORT):
-                to[j] = z[j]
+        store_block[real, real](z, spare if kept and i < 0 else y + k, stream and i >= 0)
     if kept:
         memcpy(y + n - SHORT, last, sizeof(last))
 
@@ -173,7 +167,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real rtile[TILE]
     cdef real affine[PARAMETERS]
     cdef real each_scale[WIDTH]
-    cdef Py_ssize_t pos, stop, row, rrow, k, c, i, j, n
+    cdef Py_ssize_t pos, stop, left, row, rrow, k, c, i, j, n
     cdef double *sums = NULL
     cdef double whole_mean = known[PIVOT]
     cdef real power, mean, slope = 0, constant = 0, a = 0, b = 1
@@ -182,14 +176,14 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef const real *dy
     cdef const uint8_t *mask
     cdef const real *residual
-    cdef const real *scale
+    cdef const real *scale = affine + SCALE
     cdef const real *each
     cdef real *y
     cdef Flow flow
     cdef Unit u = unit_of(job, unit)
     cdef Window w
     cdef Standard z
-    cdef Span whole, t, run
+    cdef Span whole, t
     cdef bint stream, plain
     flow.stream = False
     flow.ahead = 0
@@ -212,14 +206,9 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
              and job.x.storage == storage_as(xtile) and job.dy.storage == storage_as(xtile)
              and job.y.data != job.x.data and job.y.data != job.dy.data)
     while t.lanes > 0:
-        run = t
-        run.lanes = min(t.lanes, job.S - t.s)
-        c = next_tile[real](job, &u, t.lanes, &z, &t, &w, affine)
-        scale = affine + SCALE
-        stream = (plain and run.lanes >= max(t.lanes, SHORT) and in_one_run(job, &job.x, &run) and in_one_run(job, &job.dy, &run)
-                  and in_one_run(job, &job.y, &run))
-        if stream:  # as in planar_affine
-            t = run
+        left = t.lanes
+        c = next_tile[real](job, &u, left, &z, &t, &w, affine)
+        stream = plain and in_one_piece(job, left, &t)
         k = t.c - u.c
         x = load[real](job, &job.x, &t, xtile, &row)
         if job.activation != IDENTITY:
@@ -375,9 +364,7 @@ cdef void interleaved_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk
             if job.activation != IDENTITY:
                 x = in_a_row[real](x, &row, &t, xtile)
                 residual = residual_of[real](job, &t, rtile, &flow, &rrow)
-                if flow.step:
-                    residual = in_a_row[real](residual, &rrow, &t, rtile)
-                if row != t.lanes or (flow.step and rrow != t.lanes):
+                if row != t.lanes or rrow != t.lanes:
                     fold = 1
                 lanes_activated[real, real](x, fold * row, residual, fold * rrow, ztile, fold * t.lanes, t.rows // fold,
                                             fold * t.lanes, affine, IDENTITY, flow)

@@ -273,13 +273,11 @@ cdef void interleaved_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, 
             t.rows = next_rows(stop - t.s, t.lanes, PATCH, &fold)
             x = in_a_row[stored](load[stored](job, &job.x, &t, xtile, &row), &row, &t, xtile)
             residual = residual_of[real](job, &t, rtile, &flow, &rrow)
-            if flow.step:
-                residual = in_a_row[real](residual, &rrow, &t, rtile)
             y = direct[stored](job, &job.y, &t, ytile, False, &yrow)
             if yrow != t.lanes and t.lanes < SHORT:
                 y = ytile
                 yrow = t.lanes
-            if row != t.lanes or (flow.step and rrow != t.lanes) or yrow != t.lanes:
+            if row != t.lanes or rrow != t.lanes or yrow != t.lanes:
                 fold = 1
             flow.ahead = AHEAD * sizeof(stored) if row == t.lanes and x != xtile else 0
             lanes_activated[stored, real](x, fold * row, residual, fold * rrow, y, fold * yrow, t.rows // fold, fold * t.lanes,

@@ -123,6 +123,7 @@ cdef inline char *address(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t 
         s = s // v.shape[d]
     return p + s * v.stride[0]
 
+
 cdef inline Storage storage_as(const stored *_) noexcept nogil:
     if stored is half:
         return FLOAT16

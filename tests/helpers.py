@@ -4,6 +4,7 @@ The oracle here is independent of `gn_fast.reference`: its sums are exact (`math
 definition wherever the inputs have at most 24 bits. For float64 inputs it works in 40 digits.
 """
 
+import hashlib
 import math
 import os
 import signal
@@ -67,6 +68,12 @@ def fresh_python(code, **environment):
         [sys.executable, "-c", code],
         env=clean | environment, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+
+
+def digest(arrays):
+    """Of the bits of all arrays that are not None."""
+    every = b"".join(np.ascontiguousarray(a).tobytes() for a in arrays if a is not None)
+    return hashlib.sha256(every).hexdigest()[:16]
 
 
 def assert_same_bits(a, b, what=""):
