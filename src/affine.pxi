@@ -52,21 +52,29 @@ cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
     cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, wbuffer)
     cdef const value *bias = of_channels[value](&job.bias, n, c, channels, 0, bbuffer)
     cdef real each, moved
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, k
+    for k in range(channels // LANES):
+        i = k * LANES
+        store(a + SCALE + i, wide(weight + i) * factor)
+    for i in range(channels - channels % LANES, channels):
+        a[SCALE + i] = <real> (weight[i] * factor)
     for i in range(channels):
-        each = <real> (weight[i] * factor)
-        a[SCALE + i] = each
+        each = a[SCALE + i]
         moved = each if each - each == 0 else <real> 0  # an infinite weight makes no NaN of its own
         a[OFFSET + i] = <real> (bias[i] - <real> rest * moved)
 
 
 cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z, real *a) noexcept nogil:
-    """The parameters of channels of one group."""
-    cdef Py_ssize_t i
+    """Scale and offset of channels of one group."""
     if real is double or job.weight.storage == FLOAT64 or job.bias.storage == FLOAT64:
         weigh_as[real, double](job, n, c, channels, z.factor, z.rest, a, 0)
     else:
         weigh_as[real, float](job, n, c, channels, z.factor, z.rest, a, 0)
+
+
+cdef inline void centre(Py_ssize_t channels, const Standard *z, real *a) noexcept nogil:
+    """Power and centre, which channels of one group share."""
+    cdef Py_ssize_t i
     for i in range(channels):
         a[POWER + i] = <real> z.power
         a[CENTRE + i] = <real> z.mean
@@ -313,6 +321,7 @@ cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
     whole = t = planar_span(job, &u, pos, stop - pos)
     w.first = t.c - u.c
     w.count = 0
+    centre[real](min(WIDTH, u.channels), &z, a)
     while t.lanes > 0:
         left = t.lanes
         c = next_tile[real](job, &u, left, &z, &t, &w, a)

@@ -8,38 +8,73 @@
 # those of the affine. Derivation: docs/gradient.md.
 
 
-cdef inline void product_step(const real *x, const real *dy, double mean, double *sums) noexcept nogil:
-    """Four values to a lane, of SHORT in a row."""
-    cdef Py_ssize_t j
-    for j in range(QUARTER):
-        sums[j] += ((<double> dy[j] + <double> dy[j + QUARTER])
-                    + (<double> dy[j + 2 * QUARTER] + <double> dy[j + 3 * QUARTER]))
-        sums[QUARTER + j] += ((dy[j] * (x[j] - mean) + dy[j + QUARTER] * (x[j + QUARTER] - mean))
-                              + (dy[j + 2 * QUARTER] * (x[j + 2 * QUARTER] - mean)
-                                 + dy[j + 3 * QUARTER] * (x[j + 3 * QUARTER] - mean)))
+cdef inline void product_row(const real *x, const real *dy, const double *mean, double *sum1, double *sum2) noexcept nogil:
+    """Add dy and dy * (x - mean) to QUARTER lanes. In float64, where products of float32 are exact: a and b may cancel to much
+    less than the terms of their sums."""
+    cdef Py_ssize_t i, k
+    for k in range(QUARTER // LANES):
+        i = k * LANES
+        gn_store_lanes(sum1 + i, wide(sum1 + i) + wide(dy + i))
+        gn_store_lanes(sum2 + i, wide(sum2 + i) + wide(dy + i) * (wide(x + i) - wide(mean + i)))
+
+
+cdef inline void product_step(const real *x, Py_ssize_t row, const real *dy, Py_ssize_t dyrow, const double *mean,
+                              double *sum1, double *sum2) noexcept nogil:
+    """The same of four rows."""
+    cdef lanes m, y0, y1, y2, y3
+    cdef Py_ssize_t i
+    for i in range(QUARTER // LANES):
+        m = wide(mean)
+        y0 = wide(dy)
+        y1 = wide(dy + dyrow)
+        y2 = wide(dy + 2 * dyrow)
+        y3 = wide(dy + 3 * dyrow)
+        gn_store_lanes(sum1, wide(sum1) + ((y0 + y1) + (y2 + y3)))
+        gn_store_lanes(sum2, wide(sum2) + ((y0 * (wide(x) - m) + y1 * (wide(x + row) - m))
+                                           + (y2 * (wide(x + 2 * row) - m) + y3 * (wide(x + 3 * row) - m))))
+        x += LANES
+        dy += LANES
+        mean += LANES
+        sum1 += LANES
+        sum2 += LANES
 
 
 cdef inline void accumulate_products(const real *x, const real *dy, Py_ssize_t n, double mean, double *sum1, double *sum2) noexcept nogil:
-    """Add sum(dy) and sum(dy * (x - mean)) of values that lie in a row. In float64, where products of float32 are exact:
-    a and b may cancel to much less than the terms of their sums."""
+    """Add sum(dy) and sum(dy * (x - mean)) of values that lie in a row."""
     cdef double sums[2 * QUARTER]
-    cdef real xrest[SHORT]
-    cdef real dyrest[SHORT]
-    cdef Py_ssize_t r, j, rest = n % SHORT
+    cdef double means[QUARTER]
+    cdef double rest1 = 0, rest2 = 0
+    cdef Py_ssize_t r, j
     memset(sums, 0, sizeof(sums))
+    for j in range(QUARTER):
+        means[j] = mean
     for r in range(n // SHORT):
         gn_prefetch(<const char *> (x + TILE), SHORT * sizeof(real))  # of two streams the hardware follows one too late
         gn_prefetch(<const char *> (dy + TILE), SHORT * sizeof(real))
-        product_step[real](x, dy, mean, sums)
+        product_step[real](x, QUARTER, dy, QUARTER, means, sums, sums + QUARTER)
         x += SHORT
         dy += SHORT
-    if rest:
-        for j in range(SHORT):
-            xrest[j] = x[j] if j < rest else <real> 0
-            dyrest[j] = dy[j] if j < rest else <real> 0
-        product_step[real](xrest, dyrest, mean, sums)
-    sum1[0] += total[double](sums, QUARTER)
-    sum2[0] += total[double](sums + QUARTER, QUARTER)
+    for r in range(n % SHORT // QUARTER):
+        product_row[real](x, dy, means, sums, sums + QUARTER)
+        x += QUARTER
+        dy += QUARTER
+    for j in range(n % QUARTER):
+        rest1 += dy[j]
+        rest2 += dy[j] * (x[j] - mean)
+    sum1[0] += total[double](sums, QUARTER) + rest1
+    sum2[0] += total[double](sums + QUARTER, QUARTER) + rest2
+
+
+cdef inline void products(const real *x, const real *dy, Py_ssize_t n, double mean, double *each1, double *each2) noexcept nogil:
+    """dy and dy * (x - mean) of channels that occur once."""
+    cdef Py_ssize_t i, k
+    for k in range(n // LANES):
+        i = k * LANES
+        store(each1 + i, wide(dy + i))
+        store(each2 + i, wide(dy + i) * (wide(x + i) - mean))
+    for i in range(n - n % LANES, n):
+        each1[i] = dy[i]
+        each2[i] = dy[i] * (x[i] - mean)
 
 
 cdef inline void slope_of_dy(real scale, real power, real *first, real *second) noexcept nogil:
@@ -93,64 +128,69 @@ cdef const real *before_activation(const Job *job, const Span *t, const real *z,
 
 cdef void add_sums(const Job *job, Py_ssize_t unit, double *into, const double *other) noexcept nogil:
     cdef Py_ssize_t i
-    for i in range(sums_at(job), slopes_at(job)):
+    for i in range(sums_at(job), slopes_at(job) + 2 * job.unit_groups):
         into[i] += other[i]
 
 
-cdef inline double dot(const double *v, const double *w, Py_ssize_t n) noexcept nogil:
-    cdef double part[SHORT]
-    cdef Py_ssize_t r, j
-    for j in range(SHORT):
-        part[j] = 0
-    for r in range(n // SHORT):
-        for j in range(SHORT):
-            part[j] += v[j] * w[j]
-        v += SHORT
-        w += SHORT
-    for j in range(n % SHORT):
-        part[j] += v[j] * w[j]
-    return total[double](part, SHORT)
+cdef inline void settle_channels_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const double *sum1,
+                                    const double *sum2, double rstd, double *slopes, value _) noexcept nogil:
+    cdef value buffer[WIDTH]
+    cdef double part[2 * QUARTER]
+    cdef double *dbias = job.dbias + n // job.block * job.C + c
+    cdef double *dweight = job.dweight + n // job.block * job.C + c
+    cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, buffer)
+    cdef Py_ssize_t r, i, j, k
+    cdef lanes s1, s2, w
+    memset(part, 0, sizeof(part))
+    for r in range(channels // QUARTER):
+        for k in range(QUARTER // LANES):
+            j = k * LANES
+            i = r * QUARTER + j
+            s1 = wide(sum1 + i)
+            s2 = wide(sum2 + i) * rstd
+            w = wide(weight + i)
+            store(dbias + i, wide(dbias + i) + s1)
+            store(dweight + i, wide(dweight + i) + s2)
+            store(part + j, wide(part + j) + w * s1)
+            store(part + QUARTER + j, wide(part + QUARTER + j) + w * s2)
+    for i in range(channels - channels % QUARTER, channels):
+        dbias[i] += sum1[i]
+        dweight[i] += sum2[i] * rstd
+        slopes[0] += weight[i] * sum1[i]
+        slopes[1] += weight[i] * (sum2[i] * rstd)
+    slopes[0] += total[double](part, QUARTER)
+    slopes[1] += total[double](part + QUARTER, QUARTER)
+
+
+cdef void settle_channels(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const double *sum1,
+                          const double *sum2, double rstd, double *slopes) noexcept nogil:
+    """From the sums of up to WIDTH channels of a group: their shares of dbias and dweight, and of M * a and M * b."""
+    if job.weight.storage == FLOAT32:
+        settle_channels_as[float](job, n, c, channels, sum1, sum2, rstd, slopes, 0)
+    else:
+        settle_channels_as[double](job, n, c, channels, sum1, sum2, rstd, slopes, 0)
 
 
 cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) noexcept nogil:
-    """From a unit's sums: its share of dweight and dbias, and the slopes of dx = dy' * scale * power
-    - ((x * power - mean) * slopes[0] + slopes[1])."""
-    cdef double weight[WIDTH]
-    cdef double product[WIDTH]
+    """From a unit's sums, the slopes of dx = dy' * scale * power - ((x * power - mean) * slopes[0] + slopes[1])."""
     cdef double *sums = scratch + sums_at(job)
     cdef double *slopes = scratch + slopes_at(job)
-    cdef double *dbias
-    cdef double *dweight
-    cdef const double *w
-    cdef double a, b, rstd
-    cdef Py_ssize_t g, c, i, k, channels
+    cdef double a, b, rstd, count
+    cdef Py_ssize_t g, c, k
     cdef Unit u = unit_of(job, unit)
     cdef Standard z
     for g in range(u.groups):
         standardize[real](scratch, u.groups, g, job.eps, &z, 0)
         rstd = z.factor * z.power
-        a = b = 0
-        for k in range((job.K + WIDTH - 1) // WIDTH):
+        for k in range((job.K + WIDTH - 1) // WIDTH if job.S > 1 else 0):
             c = g * job.K + k * WIDTH
-            channels = min(WIDTH, job.K - k * WIDTH)
-            w = of_channels[double](&job.weight, u.n, u.c + c, channels, 1, weight)
-            dbias = job.dbias + u.n // job.block * job.C + u.c + c
-            dweight = job.dweight + u.n // job.block * job.C + u.c + c
-            for i in range(channels):  # one array in a loop: with more GCC has too many overlaps to rule out
-                product[i] = rstd * sums[u.channels + c + i]
-            for i in range(channels):
-                dbias[i] += sums[c + i]
-            for i in range(channels):
-                dweight[i] += product[i]
-            a += dot(w, sums + c, channels)
-            b += dot(w, product, channels)
-        if scratch[COUNT * u.groups + g] > 0:
-            a /= scratch[COUNT * u.groups + g]
-            b /= scratch[COUNT * u.groups + g]
-        else:
-            a = b = 0
-        slopes[2 * g] = rstd * b * z.factor
-        slopes[2 * g + 1] = rstd * a - slopes[2 * g] * z.rest
+            settle_channels(job, u.n, u.c + c, min(WIDTH, job.K - k * WIDTH), sums + c, sums + u.channels + c, rstd, slopes)
+        count = scratch[COUNT * u.groups + g]
+        a = slopes[0] / count if count > 0 else 0
+        b = slopes[1] / count if count > 0 else 0
+        slopes[0] = rstd * b * z.factor
+        slopes[1] = rstd * a - slopes[0] * z.rest
+        slopes += 2
 
 
 # ---- planar ----------------------------------------------------------------------------------------
@@ -167,6 +207,8 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real rtile[TILE]
     cdef real affine[PARAMETERS]
     cdef real each_scale[WIDTH]
+    cdef double each1[WIDTH]
+    cdef double each2[WIDTH]
     cdef Py_ssize_t pos, stop, left, row, rrow, k, c, i, j, n
     cdef double *sums = NULL
     cdef double whole_mean = known[PIVOT]
@@ -194,6 +236,8 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     whole = t = planar_span(job, &u, pos, stop - pos)
     w.first = t.c - u.c
     w.count = 0
+    if job.activation != IDENTITY:
+        centre[real](min(WIDTH, u.channels), &z, affine)
     if summing:
         sums = found + sums_at(job)
         if job.activation == IDENTITY:
@@ -216,10 +260,8 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
             planar_tile[real, real](job, &t, x, residual, ztile, affine + c, IDENTITY, flow)
         dy = before_activation[real](job, &t, ztile, dytile, &row)
         if summing and job.S == 1:
-            for j in range(t.lanes):
-                sums[k + j] += dy[j]
-            for j in range(t.lanes):
-                sums[u.channels + k + j] += dy[j] * (x[j] - whole_mean)
+            products[real](x, dy, t.lanes, whole_mean, each1, each2)
+            settle_channels(job, u.n, t.c, t.lanes, each1, each2, z.factor * z.power, found + slopes_at(job))
         elif summing:
             i = 0
             while i < t.lanes:
@@ -243,10 +285,12 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                     each = each_scale
                 if sloped:
                     for j in range(t.lanes):
-                        ztile[j] = (x[j] * power - mean) * slope + constant
-                for j in range(t.lanes):
-                    slope_of_dy[real](each[j], power, &a, &b)
-                    y[j] = one_nan[real](dy[j] * a * b - ztile[j])
+                        slope_of_dy[real](each[j], power, &a, &b)
+                        y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
+                else:
+                    for j in range(t.lanes):
+                        slope_of_dy[real](each[j], power, &a, &b)
+                        y[j] = one_nan[real](dy[j] * a * b - ztile[j])
             i = 0 if job.S >= SHORT else t.lanes
             while i < t.lanes:
                 n = min(t.lanes, i + job.S - (t.s if i == 0 else 0))
@@ -268,34 +312,21 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
 # ---- interleaved -----------------------------------------------------------------------------------
 
 
-cdef inline void accumulate_product_lanes(const real *x, Py_ssize_t row, const real *dy, Py_ssize_t dyrow, Py_ssize_t lanes,
-                                          const double *mean, double *s1, double *s2) noexcept nogil:
-    """Four rows of up to VECTOR lanes at once."""
-    cdef double t1[VECTOR]
-    cdef double t2[VECTOR]
-    cdef Py_ssize_t j
-    for j in range(lanes):
-        t1[j] = s1[j] + ((<double> dy[j] + <double> dy[dyrow + j])
-                         + (<double> dy[2 * dyrow + j] + <double> dy[3 * dyrow + j]))
-        t2[j] = s2[j] + ((dy[j] * (x[j] - mean[j]) + dy[dyrow + j] * (x[row + j] - mean[j]))
-                         + (dy[2 * dyrow + j] * (x[2 * row + j] - mean[j]) + dy[3 * dyrow + j] * (x[3 * row + j] - mean[j])))
-    memcpy(s1, t1, lanes * sizeof(double))
-    memcpy(s2, t2, lanes * sizeof(double))
-
-
 cdef inline void accumulate_product_rows(const real *x, Py_ssize_t row, const real *dy, Py_ssize_t dyrow, Py_ssize_t rows,
                                          Py_ssize_t lanes, const double *mean, double *s1, double *s2) noexcept nogil:
     """s1 += sum(dy), s2 += sum(dy * (x - mean)) down each lane."""
-    cdef Py_ssize_t whole = lanes - lanes % VECTOR, r, i, j
+    cdef Py_ssize_t whole = lanes - lanes % QUARTER, r, i, j
     for r in range(rows // 4):
-        for i in range(lanes // VECTOR):
-            j = i * VECTOR
+        for i in range(lanes // QUARTER):
+            j = i * QUARTER
             if row == lanes and dyrow == lanes:
-                gn_prefetch(<const char *> (x + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
-                gn_prefetch(<const char *> (dy + AHEAD + 4 * j), 4 * VECTOR * sizeof(real))
-            accumulate_product_lanes[real](x + j, row, dy + j, dyrow, VECTOR, mean + j, s1 + j, s2 + j)
-        if whole < lanes:
-            accumulate_product_lanes[real](x + whole, row, dy + whole, dyrow, lanes - whole, mean + whole, s1 + whole, s2 + whole)
+                gn_prefetch(<const char *> (x + AHEAD + 4 * j), SHORT * sizeof(real))
+                gn_prefetch(<const char *> (dy + AHEAD + 4 * j), SHORT * sizeof(real))
+            product_step[real](x + j, row, dy + j, dyrow, mean + j, s1 + j, s2 + j)
+        for j in range(whole, lanes):
+            s1[j] += ((<double> dy[j] + <double> dy[dyrow + j]) + (<double> dy[2 * dyrow + j] + <double> dy[3 * dyrow + j]))
+            s2[j] += ((dy[j] * (x[j] - mean[j]) + dy[dyrow + j] * (x[row + j] - mean[j]))
+                      + (dy[2 * dyrow + j] * (x[2 * row + j] - mean[j]) + dy[3 * dyrow + j] * (x[3 * row + j] - mean[j])))
         x += 4 * row
         dy += 4 * dyrow
     for r in range(rows % 4):

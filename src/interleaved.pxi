@@ -242,6 +242,7 @@ cdef void lane_parameters(const Job *job, const Unit *u, Py_ssize_t c, Py_ssize_
         run = min(width - i, job.K - (c + i) % job.K)
         standardize[real](known, u.groups, (c + i) // job.K - u.first, job.eps, &z, 0)
         weigh[real](job, u.n, c + i, run, &z, a + i)
+        centre[real](run, &z, a + i)
         i += run
     for field in range(4):
         for j in range(width, widest(width)):

@@ -68,14 +68,15 @@ cdef inline void bounds(const Job *job, Py_ssize_t chunk, Py_ssize_t *start, Py_
 
 
 # What is found of a unit lies in one array of doubles: the moments of its groups, the sums of dy' and of
-# dy' * (x - mean) of its channels, and two slopes of its groups.
+# dy' * (x - mean) of its channels, unless these occur once and are settled at once, and two slopes of its groups (before
+# they are settled the sums that a and b are made of).
 
 cdef inline Py_ssize_t sums_at(const Job *job) noexcept nogil:
     return 4 * job.unit_groups
 
 
 cdef inline Py_ssize_t slopes_at(const Job *job) noexcept nogil:
-    return sums_at(job) + 2 * job.unit_groups * job.K
+    return sums_at(job) + (2 * job.unit_groups * job.K if job.S > 1 else 0)
 
 
 cdef struct Pass:  # one sweep over the chunks of a unit

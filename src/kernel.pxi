@@ -41,6 +41,31 @@ cdef enum:
     # time. GCC unrolls loops of 16 steps and vectorises none
     QUARTER = SHORT // 4
 
+cdef extern from "port.h" nogil:
+    ctypedef double lanes "gn_lanes"
+    enum:
+        LANES "GN_LANES"
+    lanes gn_lanes_of_floats(const float *)
+    lanes gn_lanes_of_doubles(const double *)
+    void gn_store_lanes(double *, lanes)
+    void gn_floats_of_lanes(float *, lanes)
+    double gn_total_of_eight(const double *)
+
+
+cdef inline lanes wide(const real *p) noexcept nogil:
+    if real is float:
+        return gn_lanes_of_floats(p)
+    else:
+        return gn_lanes_of_doubles(p)
+
+
+cdef inline void store(real *p, lanes v) noexcept nogil:
+    if real is float:
+        gn_floats_of_lanes(p, v)
+    else:
+        gn_store_lanes(p, v)
+
+
 include "moments.pxi"
 include "affine.pxi"
 include "interleaved.pxi"

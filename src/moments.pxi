@@ -115,17 +115,15 @@ cdef inline real on_grid(real p, real size) noexcept nogil:
 cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
     """The sum of some values, in eight lanes."""
     cdef double part[8]
-    cdef Py_ssize_t i, j
-    for j in range(8):
-        part[j] = 0
-    for i in range(0, n - 7, 8):
-        for j in range(8):
-            part[j] += v[i + j]
-    for j in range(n & ~7, n):
-        part[j & 7] += v[j]
-    for j in range(4):
-        part[j] += part[j + 4]
-    return (part[0] + part[2]) + (part[1] + part[3])
+    cdef Py_ssize_t i, j, k
+    memset(part, 0, sizeof(part))
+    for i in range(n // 8):
+        for k in range(8 // LANES):
+            gn_store_lanes(part + k * LANES, wide(part + k * LANES) + wide(v + k * LANES))
+        v += 8
+    for j in range(n % 8):
+        part[j] += v[j]
+    return gn_total_of_eight(part)
 
 
 cdef inline void add_about(double x, double pivot, double *sum, double *error) noexcept nogil:

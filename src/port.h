@@ -98,6 +98,58 @@ static inline void gn_narrow_half(const float *f, gn_half *h, int n) {
     for (; i < n; i++) h[i] = gn_to_half(f[i]);
 }
 
+/* ---- lanes of float64 --------------------------------------------------------------------------- */
+
+/* Values of float64 that are worked on at once: +, - and * are those of C. Floats are widened as they are loaded, which a
+   compiler would do in registers: there the upper half has to be moved first, and a sum of floats takes a third longer. */
+#if defined(__GNUC__) && defined(__AVX512F__)
+#define GN_LANES 8
+typedef __m512d gn_lanes;
+static inline gn_lanes gn_lanes_of_floats(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+static inline gn_lanes gn_lanes_of_doubles(const double *p) { return _mm512_loadu_pd(p); }
+static inline void gn_store_lanes(double *p, gn_lanes v) { _mm512_storeu_pd(p, v); }
+static inline void gn_floats_of_lanes(float *p, gn_lanes v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
+#elif defined(__GNUC__) && defined(__AVX__)
+#define GN_LANES 4
+typedef __m256d gn_lanes;
+static inline gn_lanes gn_lanes_of_floats(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+static inline gn_lanes gn_lanes_of_doubles(const double *p) { return _mm256_loadu_pd(p); }
+static inline void gn_store_lanes(double *p, gn_lanes v) { _mm256_storeu_pd(p, v); }
+static inline void gn_floats_of_lanes(float *p, gn_lanes v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+#elif defined(__GNUC__) && defined(__SSE2__)
+#define GN_LANES 2
+typedef __m128d gn_lanes;
+static inline gn_lanes gn_lanes_of_floats(const float *p) {
+    return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+static inline gn_lanes gn_lanes_of_doubles(const double *p) { return _mm_loadu_pd(p); }
+static inline void gn_store_lanes(double *p, gn_lanes v) { _mm_storeu_pd(p, v); }
+static inline void gn_floats_of_lanes(float *p, gn_lanes v) { _mm_storel_epi64((__m128i *)p, _mm_castps_si128(_mm_cvtpd_ps(v))); }
+#else
+#define GN_LANES 1
+typedef double gn_lanes;
+static inline gn_lanes gn_lanes_of_floats(const float *p) { return *p; }
+static inline gn_lanes gn_lanes_of_doubles(const double *p) { return *p; }
+static inline void gn_store_lanes(double *p, gn_lanes v) { *p = v; }
+static inline void gn_floats_of_lanes(float *p, gn_lanes v) { *p = (float)v; }
+#endif
+
+/* ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7])) */
+static inline double gn_total_of_eight(const double *p) {
+#if defined(__AVX__)
+    __m256d four = _mm256_add_pd(_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4));
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+#elif defined(__SSE2__)
+    __m128d two = _mm_add_pd(_mm_add_pd(_mm_loadu_pd(p), _mm_loadu_pd(p + 4)), _mm_add_pd(_mm_loadu_pd(p + 2), _mm_loadu_pd(p + 6)));
+#else
+    const double two[2] = {(p[0] + p[4]) + (p[2] + p[6]), (p[1] + p[5]) + (p[3] + p[7])};
+    return two[0] + two[1];
+#endif
+#if defined(__SSE2__)
+    return _mm_cvtsd_f64(two) + _mm_cvtsd_f64(_mm_unpackhi_pd(two, two));
+#endif
+}
+
 /* ---- memory ------------------------------------------------------------------------------------- */
 
 /* Ask for memory to be brought to the level 2 cache. */
