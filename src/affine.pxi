@@ -51,17 +51,18 @@ cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
     cdef value bbuffer[WIDTH]
     cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, wbuffer)
     cdef const value *bias = of_channels[value](&job.bias, n, c, channels, 0, bbuffer)
-    cdef real each, moved
+    cdef bint moved = job.dy.data == NULL or job.activation != IDENTITY  # else the gradient asks for no offset
+    cdef real each
     cdef Py_ssize_t i, k
     for k in range(channels // LANES):
         i = k * LANES
         store(a + SCALE + i, wide(weight + i) * factor)
     for i in range(channels - channels % LANES, channels):
         a[SCALE + i] = <real> (weight[i] * factor)
-    for i in range(channels):
+    for i in range(channels if moved else 0):
         each = a[SCALE + i]
-        moved = each if each - each == 0 else <real> 0  # an infinite weight makes no NaN of its own
-        a[OFFSET + i] = <real> (bias[i] - <real> rest * moved)
+        each = each if each - each == 0 else <real> 0  # an infinite weight makes no NaN of its own
+        a[OFFSET + i] = <real> (bias[i] - <real> rest * each)
 
 
 cdef void weigh(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const Standard *z, real *a) noexcept nogil:
