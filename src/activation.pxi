@@ -241,21 +241,55 @@ cdef inline real activated(int kind, real z) noexcept nogil:
     return z
 
 
-cdef void activate_gradient(int kind, const real *z, real *dy, Py_ssize_t n) noexcept nogil:
-    """dy <- dy * act'(z)."""
-    cdef Py_ssize_t j
+cdef inline real dy_before(int kind, real z, real dy) noexcept nogil:
+    """dy * act'(z), for a kind known to the compiler."""
     if kind == RELU:
-        for j in range(n):
-            dy[j] = relu_gradient(z[j], dy[j])
+        return relu_gradient(z, dy)
     elif kind == SILU:
-        for j in range(n):
-            dy[j] *= silu_slope(z[j])
+        return dy * silu_slope(z)
     elif kind == GELU:
-        for j in range(n):
-            dy[j] *= gelu_slope(z[j])
+        return dy * gelu_slope(z)
     elif kind == GELU_TANH:
-        for j in range(n):
-            dy[j] *= gelu_tanh_slope(z[j])
+        return dy * gelu_tanh_slope(z)
+    return dy * mish_slope(z)
+
+
+cdef inline void activate_gradient_as(int kind, const real *z, const real *dy, real *to, Py_ssize_t n) noexcept nogil:
+    """In blocks, whose chains of operations the compiler interleaves; the last one is filled up."""
+    cdef real zfull[SHORT]
+    cdef real dyfull[SHORT]
+    cdef real block[SHORT]
+    cdef Py_ssize_t j
+    while n > 0:
+        if n < SHORT:
+            memset(zfull, 0, sizeof(zfull))
+            memset(dyfull, 0, sizeof(dyfull))
+            memcpy(zfull, z, n * sizeof(real))
+            memcpy(dyfull, dy, n * sizeof(real))
+            z = zfull
+            dy = dyfull
+        for j in range(SHORT):
+            block[j] = dy_before(kind, z[j], dy[j])
+        if n < SHORT:
+            memcpy(to, block, n * sizeof(real))
+        else:
+            for j in range(SHORT):
+                to[j] = block[j]
+        z += SHORT
+        dy += SHORT
+        to += SHORT
+        n -= SHORT
+
+
+cdef void activate_gradient(int kind, const real *z, const real *dy, real *to, Py_ssize_t n) noexcept nogil:
+    """dy * act'(z), to where dy lies or elsewhere."""
+    if kind == RELU:
+        activate_gradient_as(RELU, z, dy, to, n)
+    elif kind == SILU:
+        activate_gradient_as(SILU, z, dy, to, n)
+    elif kind == GELU:
+        activate_gradient_as(GELU, z, dy, to, n)
+    elif kind == GELU_TANH:
+        activate_gradient_as(GELU_TANH, z, dy, to, n)
     elif kind == MISH:
-        for j in range(n):
-            dy[j] *= mish_slope(z[j])
+        activate_gradient_as(MISH, z, dy, to, n)

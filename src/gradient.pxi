@@ -119,10 +119,12 @@ cdef const real *before_activation(const Job *job, const Span *t, const real *z,
     cdef const real *dy = load[real](job, &job.dy, t, tile, row)
     if job.activation == IDENTITY and job.dresidual.data == NULL:
         return dy
-    pack[real](dy, row[0], t, NULL, tile)
-    row[0] = t.lanes
+    if job.activation == IDENTITY or row[0] != t.lanes:
+        pack[real](dy, row[0], t, NULL, tile)
+        row[0] = t.lanes
+        dy = tile
     if job.activation != IDENTITY:
-        activate_gradient[real](job.activation, z, tile, t.rows * t.lanes)
+        activate_gradient[real](job.activation, z, dy, tile, t.rows * t.lanes)
     return tile
 
 

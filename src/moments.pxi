@@ -223,51 +223,41 @@ cdef inline bint plain_block(const stored *x, Py_ssize_t n, bint seen, real *piv
     return not lossy(sum2)
 
 
-cdef void planar_block(const Job *job, const Span *whole, bint seen, real *pivot, real *size, double *moments) noexcept nogil:
-    """The moments of any span of one group: strided, masked or beyond float32's range."""
-    cdef real buffer[PIECE]
-    cdef real copy[PIECE]
-    cdef uint8_t mbuffer[PIECE]
+cdef void planar_block(const Job *job, const Span *t, Py_ssize_t count, bint seen, real *pivot, real *size, double *moments) noexcept nogil:
+    """The moments of any span of one group, of which so many values count: strided, masked or beyond float32's range."""
+    cdef real buffer[BLOCK]
+    cdef real copy[BLOCK]
+    cdef uint8_t mbuffer[BLOCK]
     cdef double sums[2 * VECTOR]
-    cdef double count, sum2
-    cdef real power = 1, big = 0
-    cdef Py_ssize_t row, j
-    cdef const real *x
-    cdef const uint8_t *mask
-    cdef Span t
-    cdef int sweep
-    for sweep in range(3):
+    cdef double sum2
+    cdef real power = 1, big
+    cdef Py_ssize_t first = 0, i = 0, row, j, n
+    cdef const real *x = load[real](job, &job.x, t, buffer, &row)
+    cdef const uint8_t *mask = load_mask(job, t[0], t.lanes, mbuffer)
+    if mask != NULL:
+        while not seen and counted(mask + first, min(t.lanes - first, PIECE)) == 0:
+            first += PIECE
+    if not seen:
+        pivot[0] = planar_pivot[real](x + first, mask + first if mask != NULL else NULL, min(t.lanes - first, PIECE), copy, size)
+    memset(sums, 0, sizeof(sums))
+    while i < t.lanes:  # piece by piece, so that memory is read while sums are taken
+        n = min(t.lanes - i, PIECE)
+        if mask != NULL:
+            select[real](x + i, mask + i, n, pivot[0], copy + i)
+        accumulate[real, real](x + i if mask == NULL else copy + i, n, pivot[0], sums)
+        i += n
+    sum2 = total[double](sums + VECTOR, VECTOR)
+    if lossy(sum2):  # rare: once more, with the largest value brought near 1
+        x = x if mask == NULL else copy
+        big = abs(pivot[0])
+        for j in range(t.lanes):
+            big = max(big, abs(x[j]))
+        power = <real> power_near(big)
+        for j in range(t.lanes):
+            copy[j] = x[j] / power
         memset(sums, 0, sizeof(sums))
-        count = 0
-        t = whole[0]
-        while t.lanes > 0:
-            t.lanes = min(t.lanes, PIECE)
-            x = load[real](job, &job.x, &t, buffer, &row)
-            mask = load_mask(job, t, t.lanes, mbuffer)
-            if count == 0 and not seen:
-                pivot[0] = planar_pivot[real](x, mask, t.lanes, copy, size)
-            if mask == NULL:
-                count += t.lanes
-            else:
-                count += counted(mask, t.lanes)
-                select[real](x, mask, t.lanes, pivot[0], copy)
-                x = copy
-            if sweep == 1:
-                for j in range(t.lanes):
-                    big = max(big, abs(x[j]))
-            else:
-                if power != 1:
-                    for j in range(t.lanes):
-                        copy[j] = x[j] / power
-                    x = copy
-                accumulate[real, real](x, t.lanes, pivot[0] / power, sums)
-            advance(job, whole, &t)
-        if sweep == 1:  # rare: the largest value is sought, and the sums taken once more with it brought near 1
-            power = <real> power_near(max(big, abs(pivot[0])))
-            continue
+        accumulate[real, real](copy, t.lanes, pivot[0] / power, sums)
         sum2 = total[double](sums + VECTOR, VECTOR)
-        if not lossy(sum2):
-            break
     put_moments(count, total[double](sums, VECTOR), sum2, <double> pivot[0] / power, power, moments)
 
 
@@ -318,23 +308,9 @@ cdef void small_block(const Job *job, const Span *whole, double *moments) noexce
     put_moments(count, sum1, sum2, pivot, power, moments)
 
 
-cdef bint sparse(const Job *job, const Span *t, Py_ssize_t least) noexcept nogil:
-    """Whether a mask leaves fewer than so many values of a planar span."""
-    cdef uint8_t mbuffer[PIECE]
-    cdef Py_ssize_t count = 0
-    cdef Span piece = t[0]
-    if job.mask.data == NULL:
-        return False
-    while piece.lanes > 0 and count < least:
-        piece.lanes = min(piece.lanes, PIECE)
-        count += counted(load_mask(job, piece, piece.lanes, mbuffer), piece.lanes)
-        advance(job, t, &piece)
-    return count < least
-
-
 cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, real _, stored *none) noexcept nogil:
     cdef double block[4]
-    cdef Py_ssize_t pos, stop, row
+    cdef Py_ssize_t pos, stop, row, count
     cdef const stored *x
     cdef real pivot = 0, next_pivot = 0, size = 0
     cdef bint seen = False
@@ -344,11 +320,12 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
     while pos < stop:
         t = planar_span(job, &u, pos, min(stop - pos, BLOCK))
         x = direct[stored](job, &job.x, &t, none, False, &row)
-        if sparse(job, &t, SMALL):
+        count = counted_of(job, &t)
+        if job.mask.data != NULL and count < SMALL:
             small_block(job, &t, block)
         else:
             if job.mask.data != NULL or x == NULL or not plain_block[stored, real](x, t.lanes, seen, &pivot, &size, block):
-                planar_block[real](job, &t, seen, &pivot, &size, block)
+                planar_block[real](job, &t, count, seen, &pivot, &size, block)
             # The mean of this block is the pivot of the block after the next: the next one need not wait for it.
             pivot = next_pivot if seen else pivot
             size = max(size, abs(<real> block[PIVOT]))

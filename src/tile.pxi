@@ -240,7 +240,8 @@ cdef inline bint in_one_run(const Job *job, const View *v, const Span *t) noexce
 cdef inline Py_ssize_t counted(const uint8_t *mask, Py_ssize_t n) noexcept nogil:
     """How many of up to 32 * 255 positions count."""
     cdef uint8_t lane[32]
-    cdef Py_ssize_t count = 0, j, r
+    cdef Py_ssize_t j, r
+    cdef int count = 0
     memset(lane, 0, sizeof(lane))
     for r in range(n // 32):
         for j in range(32):
@@ -274,6 +275,20 @@ cdef inline const uint8_t *load_mask(const Job *job, Span t, Py_ssize_t position
             t.s = 0
             t.c += 1
     return buffer
+
+
+cdef Py_ssize_t counted_of(const Job *job, const Span *whole) noexcept nogil:
+    """How many values of a planar span count."""
+    cdef uint8_t buffer[32 * 64]
+    cdef Py_ssize_t count = 0
+    cdef Span t = whole[0]
+    if job.mask.data == NULL:
+        return t.lanes
+    while t.lanes > 0:
+        t.lanes = min(t.lanes, <Py_ssize_t> sizeof(buffer))
+        count += counted(load_mask(job, t, t.lanes, buffer), t.lanes)
+        advance(job, whole, &t)
+    return count
 
 
 cdef inline stored *direct(const Job *job, const View *v, const Span *t, stored *buffer, bint stream,
