@@ -28,6 +28,7 @@ else:
 # vectorise then.
 FLAGS = [
     "-O3",
+    "-g0",  # it takes a third of the time and most of the size of a kernel
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -39,10 +40,10 @@ FLAGS = [
 # scalar (the gradient of silu took 20 ns a value, and takes 2.6).
 KERNEL = [("CYTHON_INLINE", "__inline__ __attribute__((__always_inline__, __unused__))")]
 
-# GCC's own. Short loops that copy stay loops: as calls of memcpy they would send values through the stack that are in
-# registers (an affine of float32 took 1.4 times as long). And instructions are put in order before registers are allotted:
-# the chain of an activation is longer than a core looks ahead, so those of several vectors are to alternate (gelu took 1.3
-# times as long).
+# GCC's own. Short loops that copy stay loops: as calls of memcpy they would send values through the stack
+# that are in registers (an affine of float32 took 1.4 times as long). And instructions are put in order
+# before registers are allotted: the chain of an activation is longer than a core looks ahead, so those of
+# several vectors are to alternate (gelu took 1.3 times as long).
 SCHEDULING = ["-fno-tree-loop-distribute-patterns", "-fschedule-insns", "-fsched-pressure"]
 
 OPENMP = [  # compile and link flags to try, in order
@@ -54,7 +55,7 @@ PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\
 
 
 class BuildExt(build_ext):
-    """Compiles in parallel: the door with OpenMP and the kernels with SCHEDULING, where the compiler has them."""
+    """Compiles in parallel: the door with OpenMP, kernels with SCHEDULING, where the compiler has them."""
 
     def finalize_options(self):
         super().finalize_options()

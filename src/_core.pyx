@@ -764,9 +764,9 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     if residual is not None:
         dresidual = fresh_like(a)
         see_output(job, &job.dresidual, dresidual, call.axis)
-    # By shape only: up to 64 blocks of samples worth a thread each, or each sample where a gradient is wanted for each.
+    # By shape only: up to 64 blocks of samples worth a share of a thread, or each sample where its own gradient is wanted.
     each = (w is not None and cnp.PyArray_NDIM(w) == 2) or (b is not None and cnp.PyArray_NDIM(b) == 2)
-    job.block = 1 if each else max(1, (job.N + 63) // 64, min(job.N, WORTH_A_THREAD // max(1, job.C * job.S)))
+    job.block = 1 if each else max(1, (job.N + 63) // 64, min(job.N, WORTH_A_THREAD // 4 // max(1, job.C * job.S)))
     blocks = max(1, (job.N + job.block - 1) // job.block)
     dweight, dbias = fresh_zeros(blocks, job.C), fresh_zeros(blocks, job.C)
     job.dweight = <double *> cnp.PyArray_DATA(dweight)

@@ -1,5 +1,5 @@
 # The activations and their derivatives, for float and double, of a value or over a tile; the memory walks live in the
-# kernel, which includes this file and declares `real` and `Activation`. Only + - * /, comparisons and shifts, no
+# kernel, which includes this file and declares `real`, `Activation` and `SHORT`. Only + - * /, comparisons and shifts, no
 # libm: every compiler and ISA level gives the same bits. Constants are cast to `real`, or C would compute in double;
 # cdivision must be on, or the loops do not vectorise.
 #

@@ -56,7 +56,7 @@ cdef inline void weigh_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
     cdef Py_ssize_t i, k
     for k in range(channels // LANES):
         i = k * LANES
-        store(a + SCALE + i, wide(weight + i) * factor)
+        put_lanes(a + SCALE + i, lanes_at(weight + i) * factor)
     for i in range(channels - channels % LANES, channels):
         a[SCALE + i] = <real> (weight[i] * factor)
     for i in range(channels if moved else 0):

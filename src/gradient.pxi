@@ -11,32 +11,34 @@
 cdef inline void product_row(const real *x, const real *dy, const double *mean, double *sum1, double *sum2) noexcept nogil:
     """Add dy and dy * (x - mean) to QUARTER lanes. In float64, where products of float32 are exact: a and b may cancel to much
     less than the terms of their sums."""
-    cdef Py_ssize_t i, k
+    cdef Py_ssize_t j, k
     for k in range(QUARTER // LANES):
-        i = k * LANES
-        gn_store_lanes(sum1 + i, wide(sum1 + i) + wide(dy + i))
-        gn_store_lanes(sum2 + i, wide(sum2 + i) + wide(dy + i) * (wide(x + i) - wide(mean + i)))
+        j = k * LANES
+        put_lanes(sum1 + j, lanes_at(sum1 + j) + lanes_at(dy + j))
+        put_lanes(sum2 + j, lanes_at(sum2 + j) + lanes_at(dy + j) * (lanes_at(x + j) - lanes_at(mean + j)))
 
 
 cdef inline void product_step(const real *x, Py_ssize_t row, const real *dy, Py_ssize_t dyrow, const double *mean,
                               double *sum1, double *sum2) noexcept nogil:
     """The same of four rows."""
-    cdef lanes m, y0, y1, y2, y3
-    cdef Py_ssize_t i
-    for i in range(QUARTER // LANES):
-        m = wide(mean)
-        y0 = wide(dy)
-        y1 = wide(dy + dyrow)
-        y2 = wide(dy + 2 * dyrow)
-        y3 = wide(dy + 3 * dyrow)
-        gn_store_lanes(sum1, wide(sum1) + ((y0 + y1) + (y2 + y3)))
-        gn_store_lanes(sum2, wide(sum2) + ((y0 * (wide(x) - m) + y1 * (wide(x + row) - m))
-                                           + (y2 * (wide(x + 2 * row) - m) + y3 * (wide(x + 3 * row) - m))))
-        x += LANES
-        dy += LANES
-        mean += LANES
-        sum1 += LANES
-        sum2 += LANES
+    cdef const real *x1 = x + row
+    cdef const real *x2 = x1 + row
+    cdef const real *x3 = x2 + row
+    cdef const real *dy1 = dy + dyrow
+    cdef const real *dy2 = dy1 + dyrow
+    cdef const real *dy3 = dy2 + dyrow
+    cdef lanes m, d0, d1, d2, d3
+    cdef Py_ssize_t j, k
+    for k in range(QUARTER // LANES):
+        j = k * LANES
+        m = lanes_at(mean + j)
+        d0 = lanes_at(dy + j)
+        d1 = lanes_at(dy1 + j)
+        d2 = lanes_at(dy2 + j)
+        d3 = lanes_at(dy3 + j)
+        put_lanes(sum1 + j, lanes_at(sum1 + j) + ((d0 + d1) + (d2 + d3)))
+        put_lanes(sum2 + j, lanes_at(sum2 + j) + ((d0 * (lanes_at(x + j) - m) + d1 * (lanes_at(x1 + j) - m))
+                                          + (d2 * (lanes_at(x2 + j) - m) + d3 * (lanes_at(x3 + j) - m))))
 
 
 cdef inline void accumulate_products(const real *x, const real *dy, Py_ssize_t n, double mean, double *sum1, double *sum2) noexcept nogil:
@@ -70,8 +72,8 @@ cdef inline void products(const real *x, const real *dy, Py_ssize_t n, double me
     cdef Py_ssize_t i, k
     for k in range(n // LANES):
         i = k * LANES
-        store(each1 + i, wide(dy + i))
-        store(each2 + i, wide(dy + i) * (wide(x + i) - mean))
+        put_lanes(each1 + i, lanes_at(dy + i))
+        put_lanes(each2 + i, lanes_at(dy + i) * (lanes_at(x + i) - mean))
     for i in range(n - n % LANES, n):
         each1[i] = dy[i]
         each2[i] = dy[i] * (x[i] - mean)
@@ -115,7 +117,7 @@ cdef inline void gradient_run(const real *x, const real *dy, real *y, Py_ssize_t
 
 
 cdef const real *before_activation(const Job *job, const Span *t, const real *z, real *tile, Py_ssize_t *row) noexcept nogil:
-    """dy' = dy * act'(z); packed if it is wanted as dresidual."""
+    """dy' = dy * act'(z): dy itself, or packed in a tile if there is an activation or it is wanted as dresidual."""
     cdef const real *dy = load[real](job, &job.dy, t, tile, row)
     if job.activation == IDENTITY and job.dresidual.data == NULL:
         return dy
@@ -148,13 +150,13 @@ cdef inline void settle_channels_as(const Job *job, Py_ssize_t n, Py_ssize_t c, 
         for k in range(QUARTER // LANES):
             j = k * LANES
             i = r * QUARTER + j
-            s1 = wide(sum1 + i)
-            s2 = wide(sum2 + i) * rstd
-            w = wide(weight + i)
-            store(dbias + i, wide(dbias + i) + s1)
-            store(dweight + i, wide(dweight + i) + s2)
-            store(part + j, wide(part + j) + w * s1)
-            store(part + QUARTER + j, wide(part + QUARTER + j) + w * s2)
+            s1 = lanes_at(sum1 + i)
+            s2 = lanes_at(sum2 + i) * rstd
+            w = lanes_at(weight + i)
+            put_lanes(dbias + i, lanes_at(dbias + i) + s1)
+            put_lanes(dweight + i, lanes_at(dweight + i) + s2)
+            put_lanes(part + j, lanes_at(part + j) + w * s1)
+            put_lanes(part + QUARTER + j, lanes_at(part + QUARTER + j) + w * s2)
     for i in range(channels - channels % QUARTER, channels):
         dbias[i] += sum1[i]
         dweight[i] += sum2[i] * rstd
@@ -174,7 +176,7 @@ cdef void settle_channels(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
 
 
 cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) noexcept nogil:
-    """From a unit's sums, the slopes of dx = dy' * scale * power - ((x * power - mean) * slopes[0] + slopes[1])."""
+    """From a unit's sums its shares of dweight and dbias, and the slopes of dx = dy' * scale * power - ((x * power - mean) * slopes[0] + slopes[1])."""
     cdef double *sums = scratch + sums_at(job)
     cdef double *slopes = scratch + slopes_at(job)
     cdef double a, b, rstd, count
@@ -262,7 +264,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
             planar_tile[real, real](job, &t, x, residual, ztile, affine + c, IDENTITY, flow)
         dy = before_activation[real](job, &t, ztile, dytile, &row)
         if summing and job.S == 1:
-            products[real](x, dy, t.lanes, whole_mean, each1, each2)
+            products[real](x, dy, t.lanes, whole_mean, each1, each2)  # of channels that no other chunk has
             settle_channels(job, u.n, t.c, t.lanes, each1, each2, z.factor * z.power, found + slopes_at(job))
         elif summing:
             i = 0

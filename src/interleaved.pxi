@@ -181,7 +181,7 @@ cdef void interleaved_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
     cdef const real *x
     cdef const uint8_t *mask
     cdef Span t = planar_span(job, &u, 0, job.S)  # a channel: all have one mask
-    few = counted_of(job, &t) * job.K < SMALL
+    few = counted_of(job, &t, (SMALL + job.K - 1) // job.K) * job.K < SMALL
     t.planar = False
     while c < u.c + u.channels:
         width = strip(job, c, u.c + u.channels)

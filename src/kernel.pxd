@@ -80,7 +80,8 @@ cdef inline Py_ssize_t slopes_at(const Job *job) noexcept nogil:
 
 
 cdef struct Pass:  # one sweep over the chunks of a unit
-    # What it writes, to `found` or to the output, depends on `known` (what earlier passes found) and the chunk only.
+    # What it writes, to `found` or to the output, depends on `known` (what earlier passes found) and the chunk only. It is
+    # carried out once: a chunk of channels that occur once adds to dweight and dbias, where it is alone.
     void (*stage)(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found) noexcept nogil
     # Merge what another chunk found, in order; NULL if nothing is.
     void (*merge)(const Job *job, Py_ssize_t unit, double *into, const double *other) noexcept nogil

@@ -17,8 +17,6 @@ ctypedef fused real:  # the compute types
     double
 
 include "tile.pxi"
-include "activation.pxi"
-
 cdef extern from "port.h" nogil:
     double gn_power_of_two(double)
     void gn_prefetch(const char *, Py_ssize_t)
@@ -52,20 +50,21 @@ cdef extern from "port.h" nogil:
     double gn_total_of_eight(const double *)
 
 
-cdef inline lanes wide(const real *p) noexcept nogil:
+cdef inline lanes lanes_at(const real *p) noexcept nogil:
     if real is float:
         return gn_lanes_of_floats(p)
     else:
         return gn_lanes_of_doubles(p)
 
 
-cdef inline void store(real *p, lanes v) noexcept nogil:
+cdef inline void put_lanes(real *p, lanes v) noexcept nogil:
     if real is float:
         gn_floats_of_lanes(p, v)
     else:
         gn_store_lanes(p, v)
 
 
+include "activation.pxi"
 include "moments.pxi"
 include "affine.pxi"
 include "interleaved.pxi"

@@ -119,7 +119,7 @@ cdef inline double total(const real *v, Py_ssize_t n) noexcept nogil:
     memset(part, 0, sizeof(part))
     for i in range(n // 8):
         for k in range(8 // LANES):
-            gn_store_lanes(part + k * LANES, wide(part + k * LANES) + wide(v + k * LANES))
+            put_lanes(part + k * LANES, lanes_at(part + k * LANES) + lanes_at(v + k * LANES))
         v += 8
     for j in range(n % 8):
         part[j] += v[j]
@@ -320,7 +320,7 @@ cdef void planar_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, doub
     while pos < stop:
         t = planar_span(job, &u, pos, min(stop - pos, BLOCK))
         x = direct[stored](job, &job.x, &t, none, False, &row)
-        count = counted_of(job, &t)
+        count = counted_of(job, &t, BLOCK)
         if job.mask.data != NULL and count < SMALL:
             small_block(job, &t, block)
         else:

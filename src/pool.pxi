@@ -57,9 +57,12 @@ cdef cnp.ndarray fresh_like(cnp.ndarray prototype):
 
 cdef cnp.ndarray fresh_zeros(Py_ssize_t rows, Py_ssize_t columns):
     """A new array of float64. Without the pool the page faults of a gradient's sums can take longer than the gradient."""
+    cdef cnp.npy_intp shape[2]
+    shape[0] = rows
+    shape[1] = columns
     before = into_pool(rows * columns * <Py_ssize_t> sizeof(double))
     try:
-        return np.zeros((rows, columns))
+        return cnp.PyArray_ZEROS(2, shape, cnp.NPY_FLOAT64, 0)
     finally:
         if before is not None:
             PyDataMem_SetHandler(before)

@@ -240,7 +240,7 @@ cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept n
 cdef int run(Plan *plan, wanted_threads) except -1:
     """Carry the plan out on as many threads as are worth it."""
     cdef Job *job = plan.job
-    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes
+    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes, shares
     cdef bint together
     cdef int thread
     if values == 0:
@@ -251,10 +251,13 @@ cdef int run(Plan *plan, wanted_threads) except -1:
         plan.threads = min(<Py_ssize_t> _resolve_threads(wanted_threads), job.units * job.chunks)
     # Threads share a unit if there are too few units, or if it stays in their caches only so: a level 2 cache is
     # a core's own, so that shared units may be larger; the last level is shared, so that fewer fit.
-    together = plan.threads > 1 and (
-        job.units // job.block < plan.threads
+    shares = (job.N + job.block - 1) // job.block * (job.units // job.N)
+    together = plan.threads > 1 and job.chunks > 1 and (
+        shares < plan.threads
         or L2_BYTES < unit_bytes <= L2_BYTES * plan.threads
         or LAST_LEVEL_BYTES // plan.threads < unit_bytes <= LAST_LEVEL_BYTES)
+    if not together:
+        plan.threads = min(plan.threads, shares)
     plan.batch = min(job.units, max(1, L2_BYTES // 4 // (unit_bytes + plan.size * <Py_ssize_t> sizeof(double))))
     job.ahead = 0
     if not together and values * job.x.itemsize > LAST_LEVEL_BYTES and 2 * plan.batch * unit_bytes <= L2_BYTES:

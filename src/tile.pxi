@@ -277,14 +277,14 @@ cdef inline const uint8_t *load_mask(const Job *job, Span t, Py_ssize_t position
     return buffer
 
 
-cdef Py_ssize_t counted_of(const Job *job, const Span *whole) noexcept nogil:
-    """How many values of a planar span count."""
+cdef Py_ssize_t counted_of(const Job *job, const Span *whole, Py_ssize_t enough) noexcept nogil:
+    """How many values of a planar span count, or at least `enough`."""
     cdef uint8_t buffer[32 * 64]
     cdef Py_ssize_t count = 0
     cdef Span t = whole[0]
     if job.mask.data == NULL:
         return t.lanes
-    while t.lanes > 0:
+    while t.lanes > 0 and count < enough:
         t.lanes = min(t.lanes, <Py_ssize_t> sizeof(buffer))
         count += counted(load_mask(job, t, t.lanes, buffer), t.lanes)
         advance(job, whole, &t)
