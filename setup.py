@@ -40,11 +40,9 @@ FLAGS = [
 # scalar (the gradient of silu took 20 ns a value, and takes 2.6).
 KERNEL = [("CYTHON_INLINE", "__inline__ __attribute__((__always_inline__, __unused__))")]
 
-# GCC's own. Short loops that copy stay loops: as calls of memcpy they would send values through the stack
-# that are in registers (an affine of float32 took 1.4 times as long). And instructions are put in order
-# before registers are allotted: the chain of an activation is longer than a core looks ahead, so those of
-# several vectors are to alternate (gelu took 1.3 times as long).
-SCHEDULING = ["-fno-tree-loop-distribute-patterns", "-fschedule-insns", "-fsched-pressure"]
+# GCC's own: short loops that copy stay loops. As calls of memcpy they would send values through the stack
+# that are in registers (an affine of float32 took 1.4 times as long).
+COPIES = ["-fno-tree-loop-distribute-patterns"]
 
 OPENMP = [  # compile and link flags to try, in order
     (["-fopenmp"], ["-fopenmp"]),
@@ -55,7 +53,7 @@ PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\
 
 
 class BuildExt(build_ext):
-    """Compiles in parallel: the door with OpenMP, kernels with SCHEDULING, where the compiler has them."""
+    """Compiles in parallel: the door with OpenMP and the kernels with COPIES, where the compiler has them."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -63,13 +61,13 @@ class BuildExt(build_ext):
 
     def build_extensions(self):
         compile_flags, link_flags = self.openmp()
-        scheduling = SCHEDULING if self.builds("int main(void) { return 0; }\n", SCHEDULING) else []
+        copies = COPIES if self.builds("int main(void) { return 0; }\n", COPIES) else []
         for extension in self.extensions:
             if extension.name == "gn_fast._core":  # the kernels know nothing of threads
                 extension.extra_compile_args += compile_flags
                 extension.extra_link_args += link_flags
             else:
-                extension.extra_compile_args += scheduling
+                extension.extra_compile_args += copies
         super().build_extensions()
 
     def openmp(self):

@@ -255,7 +255,7 @@ cdef inline real dy_before(int kind, real z, real dy) noexcept nogil:
 
 
 cdef inline void activate_gradient_as(int kind, const real *z, const real *dy, real *to, Py_ssize_t n) noexcept nogil:
-    """In blocks, whose chains of operations the compiler interleaves; the last one is filled up."""
+    """In blocks, the last of which is filled up."""
     cdef real zfull[SHORT]
     cdef real dyfull[SHORT]
     cdef real block[SHORT]
