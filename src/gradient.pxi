@@ -176,7 +176,8 @@ cdef void settle_channels(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t
 
 
 cdef void settle_sums(const Job *job, Py_ssize_t unit, double *scratch, real _) noexcept nogil:
-    """From a unit's sums its shares of dweight and dbias, and the slopes of dx = dy' * scale * power - ((x * power - mean) * slopes[0] + slopes[1])."""
+    """From a unit's sums: its shares of dweight and dbias, and the slopes of dx = dy' * scale * power
+    - ((x * power - mean) * slopes[0] + slopes[1])."""
     cdef double *sums = scratch + sums_at(job)
     cdef double *slopes = scratch + slopes_at(job)
     cdef double a, b, rstd, count
