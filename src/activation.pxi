@@ -1,5 +1,5 @@
 # The activations and their derivatives, for float and double, of a value or over a tile; the memory walks live in the
-# kernel, which includes this file and declares `real`, `Activation` and `SHORT`. Only + - * /, comparisons and shifts, no
+# kernel, which includes this file and declares `real` and `Activation`. Only + - * /, comparisons and shifts, no
 # libm: every compiler and ISA level gives the same bits. Constants are cast to `real`, or C would compute in double;
 # cdivision must be on, or the loops do not vectorise.
 #
@@ -255,30 +255,9 @@ cdef inline real dy_before(int kind, real z, real dy) noexcept nogil:
 
 
 cdef inline void activate_gradient_as(int kind, const real *z, const real *dy, real *to, Py_ssize_t n) noexcept nogil:
-    """In blocks, the last of which is filled up."""
-    cdef real zfull[SHORT]
-    cdef real dyfull[SHORT]
-    cdef real block[SHORT]
     cdef Py_ssize_t j
-    while n > 0:
-        if n < SHORT:
-            memset(zfull, 0, sizeof(zfull))
-            memset(dyfull, 0, sizeof(dyfull))
-            memcpy(zfull, z, n * sizeof(real))
-            memcpy(dyfull, dy, n * sizeof(real))
-            z = zfull
-            dy = dyfull
-        for j in range(SHORT):
-            block[j] = dy_before(kind, z[j], dy[j])
-        if n < SHORT:
-            memcpy(to, block, n * sizeof(real))
-        else:
-            for j in range(SHORT):
-                to[j] = block[j]
-        z += SHORT
-        dy += SHORT
-        to += SHORT
-        n -= SHORT
+    for j in range(n):
+        to[j] = dy_before(kind, z[j], dy[j])
 
 
 cdef void activate_gradient(int kind, const real *z, const real *dy, real *to, Py_ssize_t n) noexcept nogil:

@@ -17,9 +17,19 @@ ctypedef fused real:  # the compute types
     double
 
 include "tile.pxi"
+include "activation.pxi"
+
 cdef extern from "port.h" nogil:
     double gn_power_of_two(double)
     void gn_prefetch(const char *, Py_ssize_t)
+    ctypedef double lanes "gn_lanes"
+    enum:
+        LANES "GN_LANES"
+    lanes gn_lanes_of_floats(const float *)
+    lanes gn_lanes_of_doubles(const double *)
+    void gn_store_lanes(double *, lanes)
+    void gn_floats_of_lanes(float *, lanes)
+    double gn_total_of_eight(const double *)
 
 cdef enum:
     VECTOR = 16  # values that are worked on at once: one to eight vectors
@@ -39,16 +49,6 @@ cdef enum:
     # time. GCC unrolls loops of 16 steps and vectorises none
     QUARTER = SHORT // 4
 
-cdef extern from "port.h" nogil:
-    ctypedef double lanes "gn_lanes"
-    enum:
-        LANES "GN_LANES"
-    lanes gn_lanes_of_floats(const float *)
-    lanes gn_lanes_of_doubles(const double *)
-    void gn_store_lanes(double *, lanes)
-    void gn_floats_of_lanes(float *, lanes)
-    double gn_total_of_eight(const double *)
-
 
 cdef inline lanes lanes_at(const real *p) noexcept nogil:
     if real is float:
@@ -64,7 +64,6 @@ cdef inline void put_lanes(real *p, lanes v) noexcept nogil:
         gn_store_lanes(p, v)
 
 
-include "activation.pxi"
 include "moments.pxi"
 include "affine.pxi"
 include "interleaved.pxi"
