@@ -96,17 +96,18 @@ cdef inline void store_block(const real *z, stored *y, bint stream) noexcept nog
         narrow[real, stored](z, y, SHORT)
 
 
-cdef inline void affine_block(const stored *x, const real *residual, stored *y, const real *a, bint each, bint residing,
-                              int activation, bint stream) noexcept nogil:
-    """SHORT values with a parameter for each, or one for all. From its loops over a constant number of values the
-    compiler makes one, whose values never leave the registers."""
+cdef inline void affine_block(const stored *x, const real *residual, stored *y, const real *a, Py_ssize_t i, bint each,
+                              bint residing, int activation, bint stream) noexcept nogil:
+    """SHORT values with a parameter for each, from the i-th on, or one for all. From its loops over a constant number of
+    values the compiler makes one, whose values never leave the registers (with a + i instead of the index they do: it
+    takes the parameters for values that its stores might change)."""
     cdef real wide[SHORT]
     cdef real z[SHORT]
     cdef Py_ssize_t j
     widen[stored, real](x, wide, SHORT)
     if each:
         for j in range(SHORT):
-            z[j] = (wide[j] * a[POWER + j] - a[CENTRE + j]) * a[SCALE + j] + a[OFFSET + j]
+            z[j] = (wide[j] * a[POWER + i + j] - a[CENTRE + i + j]) * a[SCALE + i + j] + a[OFFSET + i + j]
     else:
         for j in range(SHORT):
             z[j] = (wide[j] * a[POWER] - a[CENTRE]) * a[SCALE] + a[OFFSET]
@@ -143,8 +144,8 @@ cdef inline void affine_blocks(const stored *x, const real *residual, stored *y,
         j = place_of_block(i, n, head)
         if not plain and flow.ahead:
             gn_prefetch(<const char *> (x + j) + flow.ahead, SHORT * sizeof(stored))
-        affine_block[stored, real](x + j, residual + j * flow.step, spare if kept and i < 0 else y + j, a + (j if each else 0),
-                                   each, not plain, activation, not plain and flow.stream and i >= 0)
+        affine_block[stored, real](x + j, residual + j * flow.step, spare if kept and i < 0 else y + j, a, j, each, not plain,
+                                   activation, not plain and flow.stream and i >= 0)
     if kept:
         memcpy(y + n - SHORT, last, sizeof(last))
 

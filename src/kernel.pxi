@@ -22,6 +22,11 @@ include "activation.pxi"
 cdef extern from "port.h" nogil:
     double gn_power_of_two(double)
     void gn_prefetch(const char *, Py_ssize_t)
+    ctypedef long double floats "gn_floats"  # for Cython a type apart from the others
+    enum:
+        FLOATS "GN_FLOATS"
+    floats gn_floats_of_halfs(const half *)
+    floats gn_floats_of_bfloats(const bfloat *)
     ctypedef double lanes "gn_lanes"
     enum:
         LANES "GN_LANES"
@@ -48,6 +53,14 @@ cdef enum:
     SHORT = 32  # values that stay in registers between load and store; channels of fewer positions are worked on many at a
     # time. GCC unrolls loops of 16 steps and vectorises none
     QUARTER = SHORT // 4
+
+
+cdef inline floats floats_at(const stored *p) noexcept nogil:
+    """Values of 16 bits."""
+    if stored is half:
+        return gn_floats_of_halfs(p)
+    else:
+        return gn_floats_of_bfloats(<const bfloat *> p)
 
 
 cdef inline lanes lanes_at(const real *p) noexcept nogil:

@@ -18,22 +18,40 @@ cdef void merge(double *into, const double *other, Py_ssize_t n) noexcept nogil:
         into[COUNT * n + i] = count + other_count
 
 
+ctypedef fused lane:  # what a step adds up: values of the compute type, or several at once
+    float
+    double
+    floats
+
+
+cdef inline void add_eight(lane d0, lane d1, lane d2, lane d3, lane d4, lane d5, lane d6, lane d7, lane *sum, lane *squares) noexcept nogil:
+    sum[0] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
+    squares[0] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+
+
+# A step is eight values to a lane, in the order of memory: out of order the hardware prefetches too little of it, and a
+# sweep of DRAM takes 1.3 times as long.
+
 cdef inline void accumulate_step(const real *x, real p, real *sums) noexcept nogil:
-    """Eight values to a lane, in the order of memory: out of order the hardware prefetches too little of it, and a sweep
-    of DRAM takes 1.3 times as long."""
-    cdef real d0, d1, d2, d3, d4, d5, d6, d7
     cdef Py_ssize_t j
     for j in range(VECTOR):
-        d0 = x[j] - p
-        d1 = x[j + VECTOR] - p
-        d2 = x[j + 2 * VECTOR] - p
-        d3 = x[j + 3 * VECTOR] - p
-        d4 = x[j + 4 * VECTOR] - p
-        d5 = x[j + 5 * VECTOR] - p
-        d6 = x[j + 6 * VECTOR] - p
-        d7 = x[j + 7 * VECTOR] - p
-        sums[j] += ((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7))
-        sums[VECTOR + j] += ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7))
+        add_eight[real](x[j] - p, x[j + VECTOR] - p, x[j + 2 * VECTOR] - p, x[j + 3 * VECTOR] - p, x[j + 4 * VECTOR] - p,
+                        x[j + 5 * VECTOR] - p, x[j + 6 * VECTOR] - p, x[j + 7 * VECTOR] - p, &sums[j], &sums[VECTOR + j])
+
+
+cdef inline void accumulate_step_of_16_bits(const stored *x, float p, float *sums) noexcept nogil:
+    cdef floats sum, squares
+    cdef Py_ssize_t k
+    for k in range(VECTOR // FLOATS):
+        memcpy(&sum, sums, sizeof(floats))
+        memcpy(&squares, sums + VECTOR, sizeof(floats))
+        add_eight[floats](floats_at(x) - p, floats_at(x + VECTOR) - p, floats_at(x + 2 * VECTOR) - p,
+                          floats_at(x + 3 * VECTOR) - p, floats_at(x + 4 * VECTOR) - p, floats_at(x + 5 * VECTOR) - p,
+                          floats_at(x + 6 * VECTOR) - p, floats_at(x + 7 * VECTOR) - p, &sum, &squares)
+        memcpy(sums, &sum, sizeof(floats))
+        memcpy(sums + VECTOR, &squares, sizeof(floats))
+        x += FLOATS
+        sums += FLOATS
 
 
 cdef inline const real *widened(const stored *x, Py_ssize_t n, real *copy) noexcept nogil:
@@ -55,7 +73,10 @@ cdef inline void accumulate(const stored *memory, Py_ssize_t n, real p, double *
     while n > 0:
         for j in range(2 * VECTOR):
             part[j] = 0
-        if n >= PIECE:
+        if n >= PIECE and FLOATS > 1 and sizeof(stored) == 2:
+            for r in range(PIECE // STEP):
+                accumulate_step_of_16_bits[stored](memory + r * STEP, <float> p, <float *> part)
+        elif n >= PIECE:
             x = widened[stored, real](memory, PIECE, copy)
             for r in range(PIECE // STEP):
                 accumulate_step[real](x + r * STEP, p, part)

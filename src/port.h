@@ -60,20 +60,36 @@ static inline gn_half gn_to_half(float f) {
 
 static inline float gn_from_bfloat(gn_bfloat b) { return gn_float_of_bits((uint32_t)b.bits << 16); }
 
-/* Round to nearest even, in the upper half; NaNs become quiet. */
+/* Round to nearest even, in the upper half; every NaN becomes the one of ones, which takes no choice. */
 static inline uint32_t gn_round_to_bfloat(float f) {
-    uint32_t u = gn_bits_of_float(f), rounded = u + 0x7FFFu + ((u >> 16) & 1u);
-    return f != f ? u | 0x00400000u : rounded;
+    uint32_t u = gn_bits_of_float(f);
+    return (u + 0x7FFFu + ((u >> 16) & 1u)) | (f == f ? 0u : 0xFFFFFFFFu);
 }
 
-/* In two loops: GCC would narrow first and choose after, with twice the work. */
-static inline void gn_narrow_bfloat(const float *f, gn_bfloat *b, int n) {
-    uint32_t u[32];
-    for (; n >= 32; n -= 32, f += 32, b += 32) {
-        for (int j = 0; j < 32; j++) u[j] = gn_round_to_bfloat(f[j]);
-        for (int j = 0; j < 32; j++) b[j].bits = (uint16_t)(u[j] >> 16);
+static inline void gn_widen_bfloat(const gn_bfloat *b, float *f, int n) {
+    int i = 0;
+#if defined(__AVX2__)
+    for (; i + 16 <= n; i += 16) {  /* 16 values laid out so that their halves need not be moved after they are parted */
+        __m256i u = _mm256_permute4x64_epi64(_mm256_loadu_si256((const __m256i *)(b + i)), 0xD8), zero = _mm256_setzero_si256();
+        _mm256_storeu_ps(f + i, _mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, u)));
+        _mm256_storeu_ps(f + i + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, u)));
     }
-    for (int j = 0; j < n; j++) b[j].bits = (uint16_t)(gn_round_to_bfloat(f[j]) >> 16);
+#endif
+    for (; i < n; i++) f[i] = gn_from_bfloat(b[i]);
+}
+
+static inline void gn_narrow_bfloat(const float *f, gn_bfloat *b, int n) {
+    int i = 0;
+#if defined(__AVX2__)
+    for (; i + 32 <= n; i += 32) {  /* GCC would cut off upper halves that are empty */
+        uint32_t u[32];
+        for (int j = 0; j < 32; j++) u[j] = gn_round_to_bfloat(f[i + j]) >> 16;
+        for (int j = 0; j < 32; j += 16)
+            _mm256_storeu_si256((__m256i *)(b + i + j), _mm256_permute4x64_epi64(_mm256_packus_epi32(
+                _mm256_loadu_si256((const __m256i *)(u + j)), _mm256_loadu_si256((const __m256i *)(u + j + 8))), 0xD8));
+    }
+#endif
+    for (; i < n; i++) b[i].bits = (uint16_t)(gn_round_to_bfloat(f[i]) >> 16);
 }
 
 static inline void gn_widen_half(const gn_half *h, float *f, int n) {
@@ -98,7 +114,30 @@ static inline void gn_narrow_half(const float *f, gn_half *h, int n) {
     for (; i < n; i++) h[i] = gn_to_half(f[i]);
 }
 
-/* ---- lanes of float64 --------------------------------------------------------------------------- */
+/* ---- lanes ---------------------------------------------------------------------------------------- */
+
+/* Values of 16 bits that are widened as they are loaded, where a processor can, and worked on at once: +, - and * are those
+   of C. */
+#if defined(__GNUC__) && defined(__AVX512F__)
+#define GN_FLOATS 16
+typedef __m512 gn_floats;
+static inline gn_floats gn_floats_of_halfs(const gn_half *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline gn_floats gn_floats_of_bfloats(const gn_bfloat *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+#elif defined(__GNUC__) && defined(__AVX2__) && defined(__F16C__)
+#define GN_FLOATS 8
+typedef __m256 gn_floats;
+static inline gn_floats gn_floats_of_halfs(const gn_half *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline gn_floats gn_floats_of_bfloats(const gn_bfloat *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+#else
+#define GN_FLOATS 1
+typedef float gn_floats;
+static inline gn_floats gn_floats_of_halfs(const gn_half *p) { return gn_from_half(*p); }
+static inline gn_floats gn_floats_of_bfloats(const gn_bfloat *p) { return gn_from_bfloat(*p); }
+#endif
 
 /* Values of float64 that are worked on at once: +, - and * are those of C. Floats are widened as they are loaded, which a
    compiler would do in registers: there the upper half has to be moved first, and a sum of floats takes a third longer. */

@@ -13,6 +13,7 @@ cdef extern from "port.h" nogil:
     float gn_from_bfloat(bfloat)
     void gn_widen_half(const half *, float *, int)
     void gn_narrow_half(const float *, half *, int)
+    void gn_widen_bfloat(const bfloat *, float *, int)
     void gn_narrow_bfloat(const float *, bfloat *, int)
     void gn_stream(void *, const void *, size_t)
     void gn_stream_lines(void *, const void *, size_t)
@@ -42,8 +43,11 @@ cdef inline void widen(const stored *memory, real *tile, Py_ssize_t n) noexcept 
             for j in range(n):
                 tile[j] = gn_from_half(memory[j])
     elif stored is bfloat:
-        for j in range(n):
-            tile[j] = gn_from_bfloat(memory[j])
+        if real is float:
+            gn_widen_bfloat(memory, tile, n)
+        else:
+            for j in range(n):
+                tile[j] = gn_from_bfloat(memory[j])
     else:
         for j in range(n):
             tile[j] = <real> memory[j]
