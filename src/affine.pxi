@@ -296,11 +296,9 @@ cdef void planar_tile(const Job *job, const Span *t, const stored *x, const real
     if job.S >= SHORT:
         runs_activated[stored, real](x, residual, y, job.S - t.s, job.S, t.lanes, a, activation, flow)
         return
-    if job.S > 1:
-        for field in range(4):
-            repeat[real](a + field * WIDTH, job.S - t.s, job.S, t.lanes, each + field * WIDTH)
-        a = each
-    lanes_activated[stored, real](x, 0, residual, 0, y, 0, 1, t.lanes, a, activation, flow)
+    for field in range(4):
+        repeat[real](a + field * WIDTH, job.S - t.s, job.S, t.lanes, each + field * WIDTH)
+    lanes_activated[stored, real](x, 0, residual, 0, y, 0, 1, t.lanes, each, activation, flow)
 
 
 cdef void planar_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _, stored *_storage) noexcept nogil:

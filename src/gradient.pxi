@@ -67,18 +67,6 @@ cdef inline void accumulate_products(const real *x, const real *dy, Py_ssize_t n
     sum2[0] += total[double](sums + QUARTER, QUARTER) + rest2
 
 
-cdef inline void products(const real *x, const real *dy, Py_ssize_t n, double mean, double *each1, double *each2) noexcept nogil:
-    """dy and dy * (x - mean) of channels that occur once."""
-    cdef Py_ssize_t i, k
-    for k in range(n // LANES):
-        i = k * LANES
-        put_lanes(each1 + i, lanes_at(dy + i))
-        put_lanes(each2 + i, lanes_at(dy + i) * (lanes_at(x + i) - mean))
-    for i in range(n - n % LANES, n):
-        each1[i] = dy[i]
-        each2[i] = dy[i] * (x[i] - mean)
-
-
 cdef inline void slope_of_dy(real scale, real power, real *first, real *second) noexcept nogil:
     """weight * rstd as one factor or, out of the middle of float32's range, as two."""
     first[0] = scale * power
@@ -136,6 +124,20 @@ cdef void add_sums(const Job *job, Py_ssize_t unit, double *into, const double *
         into[i] += other[i]
 
 
+cdef inline void settle_lanes(lanes s1, lanes s2, lanes weight, double *dbias, double *dweight, double *part) noexcept nogil:
+    put_lanes(dbias, lanes_at(dbias) + s1)
+    put_lanes(dweight, lanes_at(dweight) + s2)
+    put_lanes(part, lanes_at(part) + weight * s1)
+    put_lanes(part + QUARTER, lanes_at(part + QUARTER) + weight * s2)
+
+
+cdef inline void settle_channel(double s1, double s2, double weight, double *dbias, double *dweight, double *slopes) noexcept nogil:
+    dbias[0] += s1
+    dweight[0] += s2
+    slopes[0] += weight * s1
+    slopes[1] += weight * s2
+
+
 cdef inline void settle_channels_as(const Job *job, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, const double *sum1,
                                     const double *sum2, double rstd, double *slopes, value _) noexcept nogil:
     cdef value buffer[WIDTH]
@@ -144,24 +146,14 @@ cdef inline void settle_channels_as(const Job *job, Py_ssize_t n, Py_ssize_t c, 
     cdef double *dweight = job.dweight + n // job.block * job.C + c
     cdef const value *weight = of_channels[value](&job.weight, n, c, channels, 1, buffer)
     cdef Py_ssize_t r, i, j, k
-    cdef lanes s1, s2, w
     memset(part, 0, sizeof(part))
     for r in range(channels // QUARTER):
         for k in range(QUARTER // LANES):
             j = k * LANES
             i = r * QUARTER + j
-            s1 = lanes_at(sum1 + i)
-            s2 = lanes_at(sum2 + i) * rstd
-            w = lanes_at(weight + i)
-            put_lanes(dbias + i, lanes_at(dbias + i) + s1)
-            put_lanes(dweight + i, lanes_at(dweight + i) + s2)
-            put_lanes(part + j, lanes_at(part + j) + w * s1)
-            put_lanes(part + QUARTER + j, lanes_at(part + QUARTER + j) + w * s2)
+            settle_lanes(lanes_at(sum1 + i), lanes_at(sum2 + i) * rstd, lanes_at(weight + i), dbias + i, dweight + i, part + j)
     for i in range(channels - channels % QUARTER, channels):
-        dbias[i] += sum1[i]
-        dweight[i] += sum2[i] * rstd
-        slopes[0] += weight[i] * sum1[i]
-        slopes[1] += weight[i] * (sum2[i] * rstd)
+        settle_channel(sum1[i], sum2[i] * rstd, weight[i], dbias + i, dweight + i, slopes)
     slopes[0] += total[double](part, QUARTER)
     slopes[1] += total[double](part + QUARTER, QUARTER)
 
@@ -212,8 +204,6 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real rtile[TILE]
     cdef real affine[PARAMETERS]
     cdef real each_scale[WIDTH]
-    cdef double each1[WIDTH]
-    cdef double each2[WIDTH]
     cdef Py_ssize_t pos, stop, left, row, rrow, k, c, i, j, n
     cdef double *sums = NULL
     cdef double whole_mean = known[PIVOT]
@@ -224,7 +214,6 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef const uint8_t *mask
     cdef const real *residual
     cdef const real *scale = affine + SCALE
-    cdef const real *each
     cdef real *y
     cdef Flow flow
     cdef Unit u = unit_of(job, unit)
@@ -264,10 +253,7 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
             residual = residual_of[real](job, &t, rtile, &flow, &rrow)
             planar_tile[real, real](job, &t, x, residual, ztile, affine + c, IDENTITY, flow)
         dy = before_activation[real](job, &t, ztile, dytile, &row)
-        if summing and job.S == 1:
-            products[real](x, dy, t.lanes, whole_mean, each1, each2)  # of channels that no other chunk has
-            settle_channels(job, u.n, t.c, t.lanes, each1, each2, z.factor * z.power, found + slopes_at(job))
-        elif summing:
+        if summing:
             i = 0
             while i < t.lanes:
                 n = min(t.lanes - i, job.S - (t.s if i == 0 else 0))
@@ -284,17 +270,14 @@ cdef void planar_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 for j in range(t.lanes):
                     ztile[j] = ztile[j] if mask[j] != 0 else <real> 0
             if job.S < SHORT:
-                each = scale + c
-                if job.S > 1:
-                    repeat[real](scale + c, job.S - t.s, job.S, t.lanes, each_scale)
-                    each = each_scale
+                repeat[real](scale + c, job.S - t.s, job.S, t.lanes, each_scale)
                 if sloped:
                     for j in range(t.lanes):
-                        slope_of_dy[real](each[j], power, &a, &b)
+                        slope_of_dy[real](each_scale[j], power, &a, &b)
                         y[j] = dy[j] * a * b - ((x[j] * power - mean) * slope + constant)
                 else:
                     for j in range(t.lanes):
-                        slope_of_dy[real](each[j], power, &a, &b)
+                        slope_of_dy[real](each_scale[j], power, &a, &b)
                         y[j] = one_nan[real](dy[j] * a * b - ztile[j])
             i = 0 if job.S >= SHORT else t.lanes
             while i < t.lanes:

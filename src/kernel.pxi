@@ -81,6 +81,7 @@ include "moments.pxi"
 include "affine.pxi"
 include "interleaved.pxi"
 include "gradient.pxi"
+include "single.pxi"
 
 
 # ---- the table: a function for each pass and compute type -------------------------------------------
@@ -138,6 +139,8 @@ cdef void moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const doubl
 cdef void apply_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, real _, stored *storage) noexcept nogil:
     if job.interleaved:
         interleaved_affine[real, stored](job, unit, chunk, known, 0, storage)
+    elif job.S == 1:
+        single_affine[real](job, unit, chunk, known, 0)
     else:
         planar_affine[real, stored](job, unit, chunk, known, 0, storage)
 
@@ -156,6 +159,8 @@ cdef void affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double
 cdef void differentiate(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, bint summing, real _) noexcept nogil:
     if job.interleaved:
         interleaved_gradient[real](job, unit, chunk, known, found, summing, 0)
+    elif job.S == 1:
+        single_gradient[real](job, unit, chunk, known, found, summing, 0)
     else:
         planar_gradient[real](job, unit, chunk, known, found, summing, 0)
 

@@ -79,17 +79,16 @@ static inline void gn_widen_bfloat(const gn_bfloat *b, float *f, int n) {
 }
 
 static inline void gn_narrow_bfloat(const float *f, gn_bfloat *b, int n) {
-    int i = 0;
 #if defined(__AVX2__)
-    for (; i + 32 <= n; i += 32) {  /* GCC would cut off upper halves that are empty */
+    for (; n >= 32; n -= 32, f += 32, b += 32) {  /* GCC would cut off upper halves that are empty */
         uint32_t u[32];
-        for (int j = 0; j < 32; j++) u[j] = gn_round_to_bfloat(f[i + j]) >> 16;
+        for (int j = 0; j < 32; j++) u[j] = gn_round_to_bfloat(f[j]) >> 16;
         for (int j = 0; j < 32; j += 16)
-            _mm256_storeu_si256((__m256i *)(b + i + j), _mm256_permute4x64_epi64(_mm256_packus_epi32(
+            _mm256_storeu_si256((__m256i *)(b + j), _mm256_permute4x64_epi64(_mm256_packus_epi32(
                 _mm256_loadu_si256((const __m256i *)(u + j)), _mm256_loadu_si256((const __m256i *)(u + j + 8))), 0xD8));
     }
 #endif
-    for (; i < n; i++) b[i].bits = (uint16_t)(gn_round_to_bfloat(f[i]) >> 16);
+    for (int j = 0; j < n; j++) b[j].bits = (uint16_t)(gn_round_to_bfloat(f[j]) >> 16);
 }
 
 static inline void gn_widen_half(const gn_half *h, float *f, int n) {
