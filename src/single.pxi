@@ -90,12 +90,11 @@ cdef inline void single_sums(const Job *job, const Span *t, const real *x, const
     slopes[1] += total[double](part + QUARTER, QUARTER)
 
 
-cdef inline void single_dx(const Job *job, const Span *t, const real *x, const real *dy, real *y, const Standard *z, double slope,
-                           double constant, value _) noexcept nogil:
+cdef inline void single_dx(const Job *job, const Span *t, const real *x, const real *dy, real *y, double power, double mean,
+                           double factor, double slope, double constant, value _) noexcept nogil:
     """dx = dy * rstd * weight - ((x * power - mean) * slope + constant)."""
     cdef value buffer[WIDTH]
     cdef const value *weight = of_channels[value](&job.weight, t.n, t.c, t.lanes, 1, buffer)
-    cdef double power = z.power, mean = z.mean + z.rest, factor = z.factor
     cdef Py_ssize_t i, k
     for k in range(t.lanes // LANES):
         i = k * LANES
@@ -116,12 +115,12 @@ cdef void single_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     cdef real nothing[WIDTH]
     cdef uint8_t mtile[1]
     cdef Py_ssize_t pos, stop, row, j
-    cdef double slope = 0, constant = 0
+    cdef double mean = 0, slope = 0, constant = 0
     cdef const real *x
     cdef const real *dy
     cdef real *y
     cdef Unit u = unit_of(job, unit)
-    cdef Standard z, none
+    cdef Standard z
     cdef Span whole, t
     standardize[real](known, 1, 0, job.eps, &z, 0)
     bounds(job, chunk, &pos, &stop)
@@ -129,10 +128,10 @@ cdef void single_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
     if not summing and (job.mask.data == NULL or load_mask(job, t, 1, mtile)[0] != 0):
         slope = known[slopes_at(job)]
         constant = known[slopes_at(job) + 1] + slope * z.rest
-    if slope == 0:  # where nothing counts there is no slope, not even of NaN
-        none = z
+    if slope != 0:
+        mean = z.mean + z.rest
+    else:  # where nothing counts there is no slope, not even of NaN
         memset(nothing, 0, sizeof(nothing))
-        none.mean = none.rest = 0
     while t.lanes > 0:
         t.lanes = min(t.lanes, WIDTH)
         x = load[real](job, &job.x, &t, xtile, &row)
@@ -146,11 +145,13 @@ cdef void single_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
                 single_sums[real, double](job, &t, x, dy, known[PIVOT], z.factor * z.power, found + slopes_at(job), 0)
         else:
             y = direct[real](job, &job.y, &t, ytile, False, &row)
+            if slope == 0:
+                x = nothing
             if job.weight.storage == FLOAT32:
-                single_dx[real, float](job, &t, x if slope != 0 else nothing, dy, y, &z if slope != 0 else &none, slope, constant, 0)
+                single_dx[real, float](job, &t, x, dy, y, z.power, mean, z.factor, slope, constant, 0)
             else:
-                single_dx[real, double](job, &t, x if slope != 0 else nothing, dy, y, &z if slope != 0 else &none, slope, constant, 0)
-            if slope - slope != 0 or constant - constant != 0:
+                single_dx[real, double](job, &t, x, dy, y, z.power, mean, z.factor, slope, constant, 0)
+            if slope == 0 or slope - slope != 0 or constant - constant != 0:
                 for j in range(t.lanes):
                     y[j] = one_nan[real](y[j])
             if y == ytile:
