@@ -1,5 +1,5 @@
 # The affine: y = act((x - mean) * rstd * weight + bias + residual) on a chunk, tile by tile; and the planar walk. That
-# of channels-last lives in interleaved.pxi.
+# of channels-last lives in interleaved.pxi, that of two dimensions in single.pxi.
 
 
 ctypedef fused value:  # of weights and biases, which may be wider than the compute type

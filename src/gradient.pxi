@@ -5,7 +5,7 @@
 #     dx = rstd * (weight * dy' - a - xhat * b)
 #
 # so one sweep sums dy' and dy' * (x - mean) by channel, and another writes dx. The walks, tiles and parameters are
-# those of the affine. Derivation: docs/gradient.md.
+# those of the affine; arrays of two dimensions have theirs in single.pxi. Derivation: docs/gradient.md.
 
 
 cdef inline void product_row(const real *x, const real *dy, const double *mean, double *sum1, double *sum2) noexcept nogil:

@@ -73,7 +73,7 @@ cdef inline void accumulate(const stored *memory, Py_ssize_t n, real p, double *
     while n > 0:
         for j in range(2 * VECTOR):
             part[j] = 0
-        if n >= PIECE and FLOATS > 1 and sizeof(stored) == 2:
+        if n >= PIECE and FLOATS > 1 and sizeof(stored) == 2:  # one by one they would be slower than from a copy
             for r in range(PIECE // STEP):
                 accumulate_step_of_16_bits[stored](memory + r * STEP, <float> p, <float *> part)
         elif n >= PIECE:

@@ -1,5 +1,5 @@
 # The walk of arrays of two dimensions, whose channels have a single position: each scale and offset would be used once. It
-# takes fewer steps to work in float64 from load to store than to round them first: 0.65 instead of 1.5 ns a value.
+# takes fewer steps to work in float64 from load to store than to round them first (docs/numerics.md has the times).
 
 
 cdef inline void single_affine_as(const Job *job, const Span *t, const real *x, real *y, const Standard *z, value _) noexcept nogil:
@@ -26,11 +26,16 @@ cdef inline void single_affine_of(const Job *job, const Span *t, const real *x, 
 
 cdef inline void single_activated(const Job *job, const Span *t, const real *x, real *ztile, real *rtile, real *y,
                                   const Standard *z, int activation) noexcept nogil:
-    """act((x - mean) * rstd * weight + bias + residual), by the loops of the other walks with an affine that changes nothing."""
+    """act((x - mean) * rstd * weight + bias + residual); what follows the affine by the loops of the other walks, with one
+    that changes nothing."""
     cdef real unchanged[PARAMETERS]
+    cdef const real *residual
     cdef Flow flow
     cdef Py_ssize_t row, j
-    cdef const real *residual = residual_of[real](job, t, rtile, &flow, &row)
+    if activation == IDENTITY and job.residual.data == NULL:
+        single_affine_of[real](job, t, x, y, z)
+        return
+    residual = residual_of[real](job, t, rtile, &flow, &row)
     flow.stream = False
     flow.ahead = 0
     for j in range(t.lanes):
@@ -59,10 +64,7 @@ cdef void single_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const
         t.lanes = min(t.lanes, WIDTH)
         x = load[real](job, &job.x, &t, xtile, &row)
         y = direct[real](job, &job.y, &t, ytile, False, &row)
-        if job.activation == IDENTITY and job.residual.data == NULL:
-            single_affine_of[real](job, &t, x, y, &z)
-        else:
-            single_activated[real](job, &t, x, ztile, rtile, y, &z, job.activation)
+        single_activated[real](job, &t, x, ztile, rtile, y, &z, job.activation)
         if y == ytile:
             move[real](job, &job.y, &t, y, True)
         advance(job, &whole, &t)
@@ -130,8 +132,8 @@ cdef void single_gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, con
         constant = known[slopes_at(job) + 1] + slope * z.rest
     if slope != 0:
         mean = z.mean + z.rest
-    else:  # where nothing counts there is no slope, not even of NaN
-        memset(nothing, 0, sizeof(nothing))
+    elif not summing:  # where nothing counts there is no slope, not even of NaN
+        memset(nothing, 0, min(WIDTH, t.lanes) * sizeof(real))
     while t.lanes > 0:
         t.lanes = min(t.lanes, WIDTH)
         x = load[real](job, &job.x, &t, xtile, &row)

@@ -3,6 +3,8 @@
 Of dweight and dbias this is so because the samples are added up in order in up to 64 fixed blocks.
 """
 
+import itertools
+
 import numpy as np
 import pytest
 from helpers import ACTIVATIONS, DTYPES, LAYOUTS, LEVELS, assert_same_bits, in_layout, name_of, normal
@@ -119,6 +121,17 @@ def test_special_values_are_the_same_on_every_instruction_set(three_processors, 
         for eps, activation in ((0.0, None), (1e-5, None), (1e-5, "mish")):
             arguments = {"dy": dy, "x": x, "num_groups": 4, "eps": eps, "activation": activation}
             assert_same_everywhere(arguments | {"weight": np.ones(8), "residual": x}, f"{of_x} {of_dy} {eps}")
+
+
+@pytest.mark.parametrize("channels", [5, 17, 600])
+def test_of_two_nans_dx_keeps_none_where_nothing_counts(three_processors, channels):
+    signs = itertools.product((np.nan, -np.nan), repeat=3)
+    for (of_x, of_dy, of_weight), activation in itertools.product(signs, (None, "silu")):
+        x, dy = np.random.default_rng(0).standard_normal((2, 2, channels)).astype(np.float32)
+        weight = np.ones(channels, np.float32)
+        x[:, ::2], dy[:, ::2], weight[::2] = of_x, of_dy, of_weight
+        arguments = {"dy": dy, "x": x, "num_groups": 1, "weight": weight, "activation": activation}
+        assert_same_everywhere(arguments | {"mask": np.array([[True], [False]])}, f"{of_x} {of_dy} {of_weight} {activation}")
 
 
 @both_layouts
