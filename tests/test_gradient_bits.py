@@ -125,13 +125,16 @@ def test_special_values_are_the_same_on_every_instruction_set(three_processors, 
 
 @pytest.mark.parametrize("channels", [5, 17, 600])
 def test_of_two_nans_dx_keeps_none_where_nothing_counts(three_processors, channels):
-    signs = itertools.product((np.nan, -np.nan), repeat=3)
+    signs = itertools.product((1, np.nan, -np.nan), repeat=3)
     for (of_x, of_dy, of_weight), activation in itertools.product(signs, (None, "silu")):
-        x, dy = np.random.default_rng(0).standard_normal((2, 2, channels)).astype(np.float32)
-        weight = np.ones(channels, np.float32)
-        x[:, ::2], dy[:, ::2], weight[::2] = of_x, of_dy, of_weight
-        arguments = {"dy": dy, "x": x, "num_groups": 1, "weight": weight, "activation": activation}
-        assert_same_everywhere(arguments | {"mask": np.array([[True], [False]])}, f"{of_x} {of_dy} {of_weight} {activation}")
+        rng = np.random.default_rng(0)
+        x, dy = rng.standard_normal((2, 2, channels)).astype(np.float32)
+        weight = rng.standard_normal(channels).astype(np.float32)
+        for array, value in ((x, of_x), (dy, of_dy), (weight, of_weight)):
+            array[..., [0, -2, -1]] = value
+        arguments = {"dy": dy, "x": x, "num_groups": 1, "weight": weight, "bias": weight}
+        more = {"activation": activation, "mask": np.array([[True], [False]])}
+        assert_same_everywhere(arguments | more, f"{of_x} {of_dy} {of_weight} {activation}")
 
 
 @both_layouts
