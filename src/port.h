@@ -144,15 +144,11 @@ static inline gn_floats gn_floats_of_bfloats(const gn_bfloat *p) { return gn_fro
 #define GN_LANES 8
 typedef __m512d gn_lanes;
 static inline gn_lanes gn_lanes_of_floats(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
-static inline gn_lanes gn_lanes_of_doubles(const double *p) { return _mm512_loadu_pd(p); }
-static inline void gn_store_lanes(double *p, gn_lanes v) { _mm512_storeu_pd(p, v); }
 static inline void gn_floats_of_lanes(float *p, gn_lanes v) { _mm256_storeu_ps(p, _mm512_cvtpd_ps(v)); }
 #elif defined(__GNUC__) && defined(__AVX__)
 #define GN_LANES 4
 typedef __m256d gn_lanes;
 static inline gn_lanes gn_lanes_of_floats(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-static inline gn_lanes gn_lanes_of_doubles(const double *p) { return _mm256_loadu_pd(p); }
-static inline void gn_store_lanes(double *p, gn_lanes v) { _mm256_storeu_pd(p, v); }
 static inline void gn_floats_of_lanes(float *p, gn_lanes v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 #elif defined(__GNUC__) && defined(__SSE2__)
 #define GN_LANES 2
@@ -160,17 +156,16 @@ typedef __m128d gn_lanes;
 static inline gn_lanes gn_lanes_of_floats(const float *p) {
     return _mm_cvtps_pd(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)p)));
 }
-static inline gn_lanes gn_lanes_of_doubles(const double *p) { return _mm_loadu_pd(p); }
-static inline void gn_store_lanes(double *p, gn_lanes v) { _mm_storeu_pd(p, v); }
 static inline void gn_floats_of_lanes(float *p, gn_lanes v) { _mm_storel_epi64((__m128i *)p, _mm_castps_si128(_mm_cvtpd_ps(v))); }
 #else
 #define GN_LANES 1
 typedef double gn_lanes;
 static inline gn_lanes gn_lanes_of_floats(const float *p) { return *p; }
-static inline gn_lanes gn_lanes_of_doubles(const double *p) { return *p; }
-static inline void gn_store_lanes(double *p, gn_lanes v) { *p = v; }
 static inline void gn_floats_of_lanes(float *p, gn_lanes v) { *p = (float)v; }
 #endif
+
+static inline gn_lanes gn_lanes_of_doubles(const double *p) { gn_lanes v; memcpy(&v, p, sizeof v); return v; }
+static inline void gn_store_lanes(double *p, gn_lanes v) { memcpy(p, &v, sizeof v); }
 
 /* ((p[0] + p[4]) + (p[2] + p[6])) + ((p[1] + p[5]) + (p[3] + p[7])) */
 static inline double gn_total_of_eight(const double *p) {
