@@ -94,22 +94,22 @@ def extension(name, source, flags=(), macros=()):
     return Extension(
         f"gn_fast.{name}",
         [f"src/{source}.pyx"],
-        include_dirs=["src", numpy.get_include()],
+        include_dirs=["src", "src/kernel", numpy.get_include()],
         define_macros=[
             ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
             ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
             *macros,
         ],
         extra_compile_args=[*FLAGS, *flags],
-        depends=sorted(str(path) for path in Path("src").iterdir() if path.suffix in (".pxi", ".pxd", ".h")),
+        depends=sorted(str(path) for path in Path("src").rglob("*") if path.suffix in (".pxi", ".pxd", ".h")),
     )
 
 
 setup(
     ext_modules=cythonize(
         [extension("_core", "_core")]
-        + [extension(f"_kernel_{level}", f"_kernel_{level}", flags, KERNEL) for level, flags in ISA.items()],
-        include_path=["src"],
+        + [extension(f"_kernel_{level}", f"kernel/_kernel_{level}", flags, KERNEL) for level, flags in ISA.items()],
+        include_path=["src", "src/kernel"],
         compiler_directives={
             "language_level": 3,
             "boundscheck": False,

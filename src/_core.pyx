@@ -1,7 +1,7 @@
 # cython: boundscheck=True, wraparound=True
 """The door: checks the arguments, sees every array as (N, C, *spatial), and sends the work to a kernel.
 
-No arithmetic lives here (that is kernel.pxi) and no thread (threads.pxi).
+No arithmetic lives here (that is kernel/) and no thread (threads.pxi).
 """
 
 import os
@@ -16,7 +16,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport NAN
 from libc.stdint cimport int64_t
 
-from kernel cimport *
+from job cimport *
 
 include "threads.pxi"
 include "pool.pxi"
@@ -29,6 +29,7 @@ cnp.import_array()
 cdef enum:
     CHUNK = 1 << 16  # values, so that 256 KiB of float32 are swept again from a core's level 2 cache
     MAX_CHUNKS = 256  # of a unit: bounds what a unit's chunks found
+    UNIT = 1 << 12  # values of several groups that make a unit, so that little time goes from one to the next
 
 _ACTIVATIONS = {None: IDENTITY, "relu": RELU, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "mish": MISH}
 _DTYPES = "float16, bfloat16, float32, float64, an integer type or bool"
@@ -187,21 +188,25 @@ cdef int view(View *v, cnp.ndarray a, int axis) except -1:
     return 0
 
 
-cdef cnp.ndarray per_channel(View *v, value, str name, Job *job, out):
-    """See a weight or bias of shape (C,) or (N, C) as an (N, C) array; the caller keeps what is returned alive."""
-    cdef cnp.ndarray a = apart(as_array(value, name), out)
+cdef tuple per_channel(View *v, value, str name, Job *job, out):
+    """See a weight or bias of shape (C,) or (N, C) as an (N, C) array whose channels lie in a row, float32 or float64. Returns it as
+    it was given and as it is seen, which the caller keeps alive."""
+    cdef cnp.ndarray a = as_array(value, name), given = a
     cdef int ndim = cnp.PyArray_NDIM(a)
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
     if not (ndim == 1 and shape[0] == job.C or ndim == 2 and shape[0] == job.N and shape[1] == job.C):
         raise ValueError(f"{name} must have shape ({job.C},) or ({job.N}, {job.C}), not {shape_of(a)}")
+    if storage_of(a) < FLOAT32:
+        a = (<object> a).astype(np.float32, order="C")
+    elif not cnp.PyArray_IS_C_CONTIGUOUS(a):
+        a = (<object> a).copy()
+    else:
+        a = apart(a, out)
     v.data = cnp.PyArray_BYTES(a)
     v.storage = <Storage> storage_of(a)
-    v.itemsize = cnp.PyArray_ITEMSIZE(a)
-    v.sample_stride = cnp.PyArray_STRIDES(a)[0] if ndim == 2 else 0
-    v.channel_stride = cnp.PyArray_STRIDES(a)[ndim - 1]
-    v.ndim = v.shape[0] = 1
-    v.stride[0] = 0
-    return a
+    v.itemsize = v.channel_stride = cnp.PyArray_ITEMSIZE(a)
+    v.sample_stride = v.itemsize * job.C if ndim == 2 else 0
+    return given, a
 
 
 cdef shape_of(cnp.ndarray a):
@@ -345,20 +350,22 @@ cdef int plan_walk(Job *job, bint channels_last) except -1:
     """Choose the walk, the units of work and the chunks: by shape and order of memory only, since bits depend on them."""
     cdef View *v = &job.x
     cdef Py_ssize_t channels, across = abs(v.channel_stride), along = abs(v.stride[v.ndim - 1])
-    job.interleaved = job.S > 1 and job.C > 1 and (across < along if across and along else channels_last)
-    if job.interleaved:
+    job.channels_last = job.S > 1 and job.C > 1 and (across < along if across and along else channels_last)
+    if job.channels_last:
         job.unit_groups = job.G
         job.units = job.N
         job.chunk = max(CHUNK // job.C, (job.S + MAX_CHUNKS - 1) // MAX_CHUNKS)
         job.chunk = (job.chunk + 511) // 512 * 512
         job.chunks = (job.S + job.chunk - 1) // job.chunk
     else:
-        job.units = job.N * job.G
+        while job.G % (2 * job.unit_groups) == 0 and 2 * job.unit_groups * job.K * job.S <= UNIT:
+            job.unit_groups *= 2
+        job.units = job.N * job.G // job.unit_groups
         job.pieces = max(1, min((job.S + CHUNK - 1) // CHUNK, MAX_CHUNKS // max(job.K, 1)))
         if job.pieces == 1:
             channels = max(1, CHUNK // max(job.S, 1), (job.K + MAX_CHUNKS - 1) // MAX_CHUNKS)
             job.chunk = channels * job.S
-            job.chunks = (job.K + channels - 1) // channels
+            job.chunks = (job.K + channels - 1) // channels if job.unit_groups == 1 else 1
         else:
             job.chunk = ((job.S + job.pieces - 1) // job.pieces + 2047) // 2048 * 2048
             job.pieces = (job.S + job.chunk - 1) // job.chunk
@@ -409,6 +416,52 @@ cdef int see_output(Job *job, View *v, cnp.ndarray a, int axis) except -1:
     return 0
 
 
+cdef Storage compute_type(const Job *job):
+    return FLOAT64 if job.x.storage == FLOAT64 else FLOAT32
+
+
+cdef bint in_type(const View *v, Storage storage):
+    return v.data == NULL or v.storage == storage
+
+
+cdef settle_types(Job *job):
+    """Choose the type that a tile holds, and give short channels a weight and a bias for each value; the caller keeps what is returned
+    alive."""
+    cdef cnp.ndarray weights = None, biases = None
+    cdef Py_ssize_t values = job.C * job.S
+    cdef bint gradient = job.dy.data != NULL, short = job.S < SHORT and not job.channels_last
+    job.work = job.x.storage
+    if (not (in_type(&job.residual, job.work) and in_type(&job.dy, job.work) and in_type(&job.dresidual, job.work))
+            or (gradient and (job.activation != IDENTITY or job.mask.data != NULL or job.residual.data != NULL))):
+        job.work = compute_type(job)
+    if short and not kernel.weights_carried(job):
+        job.work = FLOAT64
+    if short and values:
+        number = cnp.NPY_DOUBLE if job.work == FLOAT64 else cnp.NPY_FLOAT
+        if not each_has_its_own(job, &job.weight):
+            weights = empty_row(expanded_size(job, &job.weight), number)
+        if not each_has_its_own(job, &job.bias):
+            biases = empty_row(expanded_size(job, &job.bias), number)
+        kernel.expand(job, NULL if weights is None else cnp.PyArray_DATA(weights), NULL if biases is None else cnp.PyArray_DATA(biases))
+    return weights, biases
+
+
+cdef bint each_has_its_own(const Job *job, const View *v):
+    """Whether a weight or bias has a value for each of a sample, in the type that is computed in."""
+    return job.S == 1 and v.data != NULL and (v.storage == FLOAT64) == (job.work == FLOAT64)
+
+
+cdef Py_ssize_t expanded_size(const Job *job, const View *v):
+    if v.data == NULL:
+        return min(job.C * job.S, SHORT_TILE)
+    return job.C * job.S * (job.N if v.sample_stride else 1)
+
+
+cdef cnp.ndarray empty_row(Py_ssize_t size, int number):
+    cdef cnp.npy_intp n = size
+    return cnp.PyArray_EMPTY(1, &n, number, 0)
+
+
 cdef int add_pass(Call *call, const Pass *p) except -1:
     call.plan.passes[call.plan.count] = p[0]
     call.plan.count += 1
@@ -424,7 +477,7 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
     job.count = NULL
     job.mean = job.m2 = NULL
     job.activation = IDENTITY
-    job.interleaved = False
+    job.channels_last = False
     job.unit_groups = job.units = job.chunks = job.pieces = job.block = 1
     view_x(job, a, num_groups, axis, &call.axis)
     call.plan.job = job
@@ -463,15 +516,16 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
     alive during the call, the number of threads and the moments."""
     cdef Job *job = &call.job
     cdef cnp.ndarray w = None, b = None, r = None, m = None
+    seen_weight = seen_bias = None
     job.eps = checked_eps(eps)
     if num_threads is not None:
         num_threads = _thread_count(num_threads, "num_threads")
     if activation is not None:
         job.activation = checked_activation(activation)
     if weight is not None:
-        w = per_channel(&job.weight, weight, "weight", job, out)
+        w, seen_weight = per_channel(&job.weight, weight, "weight", job, out)
     if bias is not None:
-        b = per_channel(&job.bias, bias, "bias", job, out)
+        b, seen_bias = per_channel(&job.bias, bias, "bias", job, out)
     if residual is not None:
         r = like_x(&job.residual, residual, "residual", x, call.axis, out)
     if mask is not None:
@@ -481,7 +535,7 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
         moments = checked_moments(job, moments, out)
         use_moments(job, moments)
         add_pass(call, &kernel.given)
-    return w, b, (r, m), num_threads, moments
+    return w, b, (r, m, seen_weight, seen_bias), num_threads, moments
 
 
 cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
@@ -604,6 +658,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
         y = fresh_like(a)
     see_output(job, &job.y, y, call.axis)
     add_pass(&call, &kernel.affine)
+    parameters = settle_types(job)
     run(&call.plan, num_threads)
     result = finished(x, y, out)
     return (result, moments or statistics) if return_moments else result
@@ -660,6 +715,7 @@ def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
     statistics = empty_moments(&call.job)
     use_moments(&call.job, statistics)
     add_pass(&call, &kernel.moments)
+    call.job.work = call.job.x.storage
     run(&call.plan, num_threads)
     return statistics
 
@@ -773,6 +829,7 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     job.dbias = <double *> cnp.PyArray_DATA(dbias)
     add_pass(&call, &kernel.sums)
     add_pass(&call, &kernel.gradient)
+    parameters = settle_types(job)
     call.plan.size = slopes_at(job) + 2 * job.unit_groups
     run(&call.plan, num_threads)
     result = finished(x, dx, out), summed(dweight, w, job), summed(dbias, b, job)

@@ -3,11 +3,13 @@
 #ifndef GN_FAST_THREADS_H
 #define GN_FAST_THREADS_H
 
+#include <stdint.h>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <immintrin.h>
 #endif
 
 #ifdef _OPENMP
@@ -29,6 +31,31 @@ static inline int gn_survive_fork(void) { return pthread_atfork(gn_release_worke
 #else
 static inline int gn_survive_fork(void) { return 0; }
 #endif
+
+/* The floating-point mode: flush-to-zero, denormals-are-zero, rounding and traps. Each thread has one of its own, so a
+   call's threads take the caller's for its time. gn_leave also orders streamed stores before whatever comes next. */
+#if defined(__x86_64__)
+static inline unsigned gn_mode(void) { return _mm_getcsr() & 0xFFC0u; }
+static inline void gn_set_mode(unsigned mode) { _mm_setcsr((_mm_getcsr() & ~0xFFC0u) | mode); }
+static inline void gn_order_stores(void) { _mm_sfence(); }
+#elif defined(__aarch64__)
+static inline unsigned gn_mode(void) { uint64_t v; __asm__ volatile("mrs %0, fpcr" : "=r"(v)); return (unsigned)v; }
+static inline void gn_set_mode(unsigned mode) { __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)mode)); }
+static inline void gn_order_stores(void) {}
+#else
+static inline unsigned gn_mode(void) { return 0; }
+static inline void gn_set_mode(unsigned mode) { (void)mode; }
+static inline void gn_order_stores(void) {}
+#endif
+static inline unsigned gn_enter_mode(unsigned mode) {
+    unsigned before = gn_mode();
+    if (before != mode) gn_set_mode(mode);
+    return before;
+}
+static inline void gn_leave(unsigned before) {
+    gn_order_stores();
+    if (gn_mode() != before) gn_set_mode(before);
+}
 
 /* The x86-64 psABI level that both the CPU and the operating system support: 2, 3 or 4 (1 for less, 0 on
    other machines).  Bits: Intel SDM volume 2, CPUID; x86-64 psABI, table 3.1. */

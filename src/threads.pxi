@@ -12,12 +12,12 @@ from libc.string cimport memset
 
 from gn_fast.machine import cache_bytes, cpu_quota
 
-cdef extern from "port.h" nogil:
-    void gn_stream_end()
-
 cdef extern from "threads.h" nogil:
     int GN_OPENMP
     int gn_survive_fork()
+    unsigned gn_mode()
+    unsigned gn_enter_mode(unsigned mode)
+    void gn_leave(unsigned mode)
     int omp_get_max_threads()
     int omp_get_num_procs()
 
@@ -149,15 +149,19 @@ def num_threads(n):
 
 cdef enum:
     MAX_PASSES = 3
+    ROWS_AHEAD = 1 << 14  # bytes: several rows at once are out of the order of memory, so what follows is asked for
 
 cdef struct Plan:
     Job *job
     Pass passes[MAX_PASSES]
     int count
     int threads
-    double *scratch  # what is found of a unit: for each thread those of a batch and one more, or for each chunk
+    unsigned mode  # of floating-point arithmetic, the caller's
+    double *found  # of a unit: for each thread those of a batch and one more, or for each chunk
     Py_ssize_t size  # of each
     Py_ssize_t batch  # units that a thread brings to the end of a pass before it begins the next
+    char *scratch  # of each thread
+    Py_ssize_t scratch_bytes
 
 
 cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
@@ -165,25 +169,27 @@ cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
     cdef const Job *job = plan.job
     cdef Py_ssize_t per_sample = job.units // job.N, items = (job.N + job.block - 1) // job.block * per_sample, k, n, stop
     cdef Py_ssize_t first = thread * items // plan.threads, last = (thread + 1) * items // plan.threads, begin, end
+    cdef unsigned before = gn_enter_mode(plan.mode)
+    cdef Scratch scratch = kernel.scratch_of(job, plan.scratch + thread * plan.scratch_bytes)
     if job.block == 1:  # units in order
-        work_on_units(plan, first, last, thread)
+        work_on_units(plan, first, last, thread, &scratch)
     else:
         for k in range(first // per_sample, (last + per_sample - 1) // per_sample):
             begin = max(first - k * per_sample, 0)
             end = min(last - k * per_sample, per_sample)
             stop = min((k + 1) * job.block, job.N)
             if end - begin == per_sample:
-                work_on_units(plan, k * job.block * per_sample, stop * per_sample, thread)
+                work_on_units(plan, k * job.block * per_sample, stop * per_sample, thread, &scratch)
             else:
                 for n in range(k * job.block, stop):
-                    work_on_units(plan, n * per_sample + begin, n * per_sample + end, thread)
-    gn_stream_end()
+                    work_on_units(plan, n * per_sample + begin, n * per_sample + end, thread, &scratch)
+    gn_leave(before)
 
 
-cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int thread) noexcept nogil:
+cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int thread, const Scratch *scratch) noexcept nogil:
     """Units that follow one another, each from its moments to its output while it is in the thread's cache. Small ones
     go through each pass together, as memory is read faster in long runs."""
-    cdef double *known = plan.scratch + thread * (plan.batch + 1) * plan.size
+    cdef double *known = plan.found + thread * (plan.batch + 1) * plan.size
     cdef Py_ssize_t last, unit
     cdef int i
     while first < stop:
@@ -191,56 +197,87 @@ cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int
         memset(known, 0, (last - first) * plan.size * sizeof(double))
         for i in range(plan.count):
             for unit in range(first, last):
-                work_on_unit(plan, &plan.passes[i], unit, known + (unit - first) * plan.size, known + plan.batch * plan.size)
+                work_on_unit(plan, i, unit, known + (unit - first) * plan.size, known + plan.batch * plan.size, scratch)
         first = last
 
 
-cdef void work_on_unit(const Plan *plan, const Pass *p, Py_ssize_t unit, double *known, double *found) noexcept nogil:
+cdef void work_on_unit(const Plan *plan, int i, Py_ssize_t unit, double *known, double *found, const Scratch *scratch) noexcept nogil:
+    cdef const Pass *p = &plan.passes[i]
     cdef Py_ssize_t k
     if p.merge != NULL:
-        p.stage(plan.job, unit, 0, known, known)
+        p.stage(plan.job, unit, 0, known, known, scratch)
         for k in range(1, plan.job.chunks):
             memset(found, 0, plan.size * sizeof(double))
-            p.stage(plan.job, unit, k, known, found)
-            p.merge(plan.job, unit, known, found)
+            p.stage(plan.job, unit, k, known, found, scratch)
+            p.merge(plan.job, known, found)
     elif p.stage != NULL:
-        for k in range(plan.job.chunks - 1, -1, -1):
-            p.stage(plan.job, unit, k, known, NULL)
+        for k in range(plan.job.chunks - 1, -1, -1):  # backwards: the end is still in the cache
+            p.stage(plan.job, unit, k, known, NULL, scratch)
     if p.settle != NULL:
-        p.settle(plan.job, unit, known)
+        p.settle(plan.job, unit, known, scratch)
 
 
 cdef void work_together(const Plan *plan) noexcept nogil:
     """One unit after the other, its chunks shared by the threads."""
+    cdef Scratch scratch = kernel.scratch_of(plan.job, plan.scratch)
     cdef Py_ssize_t unit, k
     cdef int i, thread
     for unit in range(plan.job.units):
-        memset(plan.scratch, 0, plan.job.chunks * plan.size * sizeof(double))
+        memset(plan.found, 0, plan.job.chunks * plan.size * sizeof(double))
         for i in range(plan.count):
             if plan.passes[i].stage != NULL:
                 for thread in prange(plan.threads, num_threads=plan.threads, schedule="static", chunksize=1):
                     sweep(plan, i, unit, thread)
             if plan.passes[i].merge != NULL:
                 for k in range(1, plan.job.chunks):
-                    plan.passes[i].merge(plan.job, unit, plan.scratch, plan.scratch + k * plan.size)
+                    plan.passes[i].merge(plan.job, plan.found, plan.found + k * plan.size)
             if plan.passes[i].settle != NULL:
-                plan.passes[i].settle(plan.job, unit, plan.scratch)
+                plan.passes[i].settle(plan.job, unit, plan.found, &scratch)
 
 
 cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept nogil:
     """A thread's chunks, every other pass backwards: the end of the last one is still in its cache."""
     cdef Py_ssize_t first = thread * plan.job.chunks // plan.threads, k, chunk
     cdef Py_ssize_t last = (thread + 1) * plan.job.chunks // plan.threads - 1
+    cdef unsigned before = gn_enter_mode(plan.mode)
+    cdef Scratch scratch = kernel.scratch_of(plan.job, plan.scratch + thread * plan.scratch_bytes)
     for k in range(last - first + 1):
         chunk = last - k if i % 2 else first + k
-        plan.passes[i].stage(plan.job, unit, chunk, plan.scratch, plan.scratch + chunk * plan.size)
-    gn_stream_end()
+        plan.passes[i].stage(plan.job, unit, chunk, plan.found, plan.found + chunk * plan.size, &scratch)
+    gn_leave(before)
+
+
+cdef bint share_units(Plan *plan, Py_ssize_t unit_bytes) noexcept nogil:
+    """Whether threads share each unit: if there are too few, or if one stays in their caches only so. A level 2 cache is a
+    core's own, so that shared units may be larger; the last level is shared, so that fewer fit."""
+    cdef Job *job = plan.job
+    cdef Py_ssize_t shares = (job.N + job.block - 1) // job.block * (job.units // job.N)
+    if plan.threads > 1 and job.chunks > 1 and (
+            shares < plan.threads
+            or L2_BYTES < unit_bytes <= L2_BYTES * plan.threads
+            or LAST_LEVEL_BYTES // plan.threads < unit_bytes <= LAST_LEVEL_BYTES):
+        return True
+    plan.threads = min(plan.threads, shares)
+    return False
+
+
+cdef Py_ssize_t bytes_ahead(const Plan *plan, Py_ssize_t unit_bytes, bint together) noexcept nogil:
+    """How far ahead to ask for memory: for the next units while some are normalized, if x comes from DRAM and the last level holds
+    both."""
+    cdef const Job *job = plan.job
+    cdef Py_ssize_t bytes = job.N * job.C * job.S * job.x.itemsize
+    if job.channels_last:
+        return ROWS_AHEAD if unit_bytes > L2_BYTES // 2 else 0
+    if together or bytes <= LAST_LEVEL_BYTES or 2 * plan.threads * plan.batch * unit_bytes > LAST_LEVEL_BYTES:
+        return 0
+    return plan.batch * unit_bytes
 
 
 cdef int run(Plan *plan, wanted_threads) except -1:
     """Carry the plan out on as many threads as are worth it."""
     cdef Job *job = plan.job
-    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes, shares
+    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes, found
+    cdef Py_ssize_t memory
     cdef bint together
     cdef int thread
     if values == 0:
@@ -249,23 +286,18 @@ cdef int run(Plan *plan, wanted_threads) except -1:
     plan.threads = 1
     if values >= WORTH_A_THREAD:
         plan.threads = min(<Py_ssize_t> _resolve_threads(wanted_threads), job.units * job.chunks)
-    # Threads share a unit if there are too few units, or if it stays in their caches only so: a level 2 cache is
-    # a core's own, so that shared units may be larger; the last level is shared, so that fewer fit.
-    shares = (job.N + job.block - 1) // job.block * (job.units // job.N)
-    together = plan.threads > 1 and job.chunks > 1 and (
-        shares < plan.threads
-        or L2_BYTES < unit_bytes <= L2_BYTES * plan.threads
-        or LAST_LEVEL_BYTES // plan.threads < unit_bytes <= LAST_LEVEL_BYTES)
-    if not together:
-        plan.threads = min(plan.threads, shares)
+    together = share_units(plan, unit_bytes)
     plan.batch = min(job.units, max(1, L2_BYTES // 4 // (unit_bytes + plan.size * <Py_ssize_t> sizeof(double))))
-    job.ahead = 0
-    if not together and values * job.x.itemsize > LAST_LEVEL_BYTES and 2 * plan.batch * unit_bytes <= L2_BYTES:
-        job.ahead = plan.batch * unit_bytes
-    plan.scratch = <double *> PyMem_RawMalloc(
-        (job.chunks if together else plan.threads * (plan.batch + 1)) * plan.size * sizeof(double))
+    job.ahead = bytes_ahead(plan, unit_bytes, together)
+    plan.mode = gn_mode()
+    plan.scratch_bytes = kernel.scratch_bytes(job)
+    found = (job.chunks if together else plan.threads * (plan.batch + 1)) * plan.size * <Py_ssize_t> sizeof(double) + 63 & ~63
+    plan.scratch = <char *> PyMem_RawMalloc(plan.threads * plan.scratch_bytes + found + 64)
     if plan.scratch == NULL:
         raise MemoryError("no memory for what is found of a unit of work")
+    memory = <Py_ssize_t> plan.scratch
+    plan.found = <double *> (plan.scratch + (-memory & 63))
+    plan.scratch = <char *> plan.found + found
     with nogil:
         if together:
             work_together(plan)
@@ -274,5 +306,5 @@ cdef int run(Plan *plan, wanted_threads) except -1:
         else:
             for thread in prange(plan.threads, num_threads=plan.threads, schedule="static", chunksize=1):
                 work_alone(plan, thread)
-        PyMem_RawFree(plan.scratch)
+        PyMem_RawFree(<void *> memory)
     return 0

@@ -1,4 +1,4 @@
 # The kernel for one instruction set (see setup.py): this file only gives it a name.
-from kernel cimport *
+from job cimport *
 
 include "kernel.pxi"

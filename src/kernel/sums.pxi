@@ -1,0 +1,130 @@
+# The pair of sums that everything is made of, in one piece of code: sum(v) and sum(v * d) with d = x - p. The moments are
+# those of v = d about a pivot p near the mean, the gradient's those of v = dy' about the mean.
+#
+# They are taken in LANES lanes of the compute type, as few values to a chain that only few roundings meet, and from there
+# added up in float64: `sums` has LANES of sum(v), then LANES of sum(v * d).
+
+cdef enum:
+    LANES = 16
+    SETS = 4  # of lanes: chains that run side by side
+    PIECE = 4 * SETS * LANES  # values that are added up before they go to float64: six roundings in a row
+    STEP = 16  # rows of channels-last, likewise
+
+
+cdef inline vec factor(const stored *v, Py_ssize_t i, vec d) noexcept nogil:
+    """dy', or d itself where there is none."""
+    return d if v == NULL else load(v + i, d)
+
+
+cdef inline void add_pair(vec v, vec d, vec *sum, vec *product) noexcept nogil:
+    sum[0] = sum[0] + v
+    product[0] = fma(v, d, product[0])
+
+
+cdef inline void add_rows_of_lanes(const stored *x, const stored *v, Py_ssize_t rows, vec p, double *sums) noexcept nogil:
+    """Up to PIECE values that lie in a row, in the order of memory as far as a vector reaches: out of order the hardware
+    prefetches too little of it, and a sweep of DRAM takes up to 2.4 times as long."""
+    cdef vec sum[SETS]
+    cdef vec product[SETS]
+    cdef vec d, zero = all_of(0, p)
+    cdef Py_ssize_t k, r, j, i
+    for k in range(LANES // width(p)):
+        i = k * width(p)
+        for j in range(SETS):
+            sum[j] = zero
+            product[j] = zero
+        for r in range(rows // SETS):
+            for j in range(SETS):
+                d = load(x + i + j * LANES, p) - p
+                add_pair(factor(v, i + j * LANES, d), d, &sum[j], &product[j])
+            i += SETS * LANES
+        for r in range(rows % SETS):
+            d = load(x + i, p) - p
+            add_pair(factor(v, i, d), d, &sum[0], &product[0])
+            i += LANES
+        if rows >= SETS:
+            sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3])
+            product[0] = (product[0] + product[1]) + (product[2] + product[3])
+        add_lanes(sums + k * width(p), sum[0])
+        add_lanes(sums + LANES + k * width(p), product[0])
+
+
+cdef inline void add_values(const stored *x, const stored *v, Py_ssize_t n, vec p, double pivot, double *sums) noexcept nogil:
+    """Values that lie in a row."""
+    cdef Py_ssize_t k, j
+    cdef double d
+    for k in range(n // PIECE):
+        add_rows_of_lanes(x, v, PIECE // LANES, p, sums)
+        x += PIECE
+        v = v if v == NULL else v + PIECE
+    n %= PIECE
+    if n >= LANES:
+        add_rows_of_lanes(x, v, n // LANES, p, sums)
+        x += n - n % LANES
+        v = v if v == NULL else v + (n - n % LANES)
+    for j in range(n % LANES):
+        d = scalar(x[j]) - pivot
+        sums[j] += d if v == NULL else scalar(v[j])
+        sums[LANES + j] += d * (d if v == NULL else scalar(v[j]))
+
+
+cdef struct Rows:  # of channels-last: values of some lanes, `row` apart
+    Py_ssize_t row, dyrow, rows, lanes
+    const void *pivot  # of each lane, in the compute type
+    double *sum  # of each lane
+    double *product
+    Py_ssize_t ahead
+
+
+cdef inline vec some_of(const stored *p, Py_ssize_t n, vec like) noexcept nogil:
+    return load(p, like) if n == width(like) else load_some(p, n, like)
+
+
+cdef inline void add_down(const stored *x, const stored *v, const Rows *t, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n,
+                          vec like) noexcept nogil:
+    """Down some rows of a vector's lanes, of which n are there. Even and odd rows are added up side by side."""
+    cdef vec p = lane(t.pivot, j, like) if n == width(like) else some_lanes(t.pivot, j, n, like)
+    cdef vec sum[2]
+    cdef vec product[2]
+    cdef vec d
+    cdef Py_ssize_t r, k
+    sum[0] = sum[1] = product[0] = product[1] = all_of(0, like)
+    x += j
+    v = v if v == NULL else v + j
+    for r in range(rows // 2):
+        for k in range(2):
+            d = some_of(x, n, like) - p
+            add_pair(d if v == NULL else some_of(v, n, like), d, &sum[k], &product[k])
+            x += t.row
+            v = v if v == NULL else v + t.dyrow
+    if rows % 2:
+        d = some_of(x, n, like) - p
+        add_pair(d if v == NULL else some_of(v, n, like), d, &sum[0], &product[0])
+    add_lanes(t.sum + j, sum[0] + sum[1])
+    add_lanes(t.product + j, product[0] + product[1])
+
+
+cdef inline void add_step(const stored *x, const stored *v, const Rows *t, Py_ssize_t rows, vec like) noexcept nogil:
+    cdef Py_ssize_t k, r, whole = t.lanes // width(like), j
+    for k in range(whole):
+        if t.ahead:  # several rows at once are out of the order of memory: ask for what comes in that order
+            for r in range(rows):
+                gn_prefetch(<const char *> (x + k * rows * width(like) + r * width(like)) + t.ahead)
+        add_down(x, v, t, rows, k * width(like), width(like), like)
+    j = whole * width(like)
+    if j < t.lanes:
+        add_down(x, v, t, rows, j, t.lanes - j, like)
+
+
+cdef inline void add_rows(const stored *x, const stored *v, const Rows *t, vec like) noexcept nogil:
+    """Rows, STEP at a time and at last up to twice as many, down each lane."""
+    cdef Py_ssize_t left = t.rows
+    while left >= 2 * STEP:
+        add_step(x, v, t, STEP, like)
+        x += STEP * t.row
+        v = v if v == NULL else v + STEP * t.dyrow
+        left -= STEP
+    if left == STEP:
+        add_step(x, v, t, STEP, like)
+    elif left:
+        add_step(x, v, t, left, like)
