@@ -358,7 +358,7 @@ cdef int plan_walk(Job *job, bint channels_last) except -1:
         job.chunk = (job.chunk + 511) // 512 * 512
         job.chunks = (job.S + job.chunk - 1) // job.chunk
     else:
-        while job.G % (2 * job.unit_groups) == 0 and 2 * job.unit_groups * job.K * job.S <= UNIT:
+        while job.G % (2 * job.unit_groups) == 0 and 2 * job.unit_groups * max(job.K * job.S, 1 << 4) <= UNIT:
             job.unit_groups *= 2
         job.units = job.N * job.G // job.unit_groups
         job.pieces = max(1, min((job.S + CHUNK - 1) // CHUNK, MAX_CHUNKS // max(job.K, 1)))

@@ -149,6 +149,7 @@ def num_threads(n):
 
 cdef enum:
     MAX_PASSES = 3
+    L1_ROOM = 1 << 14  # bytes of x, as many of y and dy
     ROWS_AHEAD = 1 << 14  # bytes: several rows at once are out of the order of memory, so what follows is asked for
 
 cdef struct Plan:
@@ -261,6 +262,15 @@ cdef bint share_units(Plan *plan, Py_ssize_t unit_bytes) noexcept nogil:
     return False
 
 
+cdef Py_ssize_t units_together(const Plan *plan, Py_ssize_t unit_bytes) noexcept nogil:
+    """How many units a thread takes through each pass together: what stays in a level 1 cache, or if x comes from DRAM, which is
+    read faster in long runs, what stays in level 2."""
+    cdef const Job *job = plan.job
+    cdef Py_ssize_t bytes = job.N * job.C * job.S * job.x.itemsize
+    cdef Py_ssize_t room = L2_BYTES // 4 if bytes > LAST_LEVEL_BYTES else L1_ROOM
+    return min(job.units, max(1, room // (unit_bytes + plan.size * <Py_ssize_t> sizeof(double))))
+
+
 cdef Py_ssize_t bytes_ahead(const Plan *plan, Py_ssize_t unit_bytes, bint together) noexcept nogil:
     """How far ahead to ask for memory: for the next units while some are normalized, if x comes from DRAM and the last level holds
     both."""
@@ -287,7 +297,7 @@ cdef int run(Plan *plan, wanted_threads) except -1:
     if values >= WORTH_A_THREAD:
         plan.threads = min(<Py_ssize_t> _resolve_threads(wanted_threads), job.units * job.chunks)
     together = share_units(plan, unit_bytes)
-    plan.batch = min(job.units, max(1, L2_BYTES // 4 // (unit_bytes + plan.size * <Py_ssize_t> sizeof(double))))
+    plan.batch = units_together(plan, unit_bytes)
     job.ahead = bytes_ahead(plan, unit_bytes, together)
     plan.mode = gn_mode()
     plan.scratch_bytes = kernel.scratch_bytes(job)

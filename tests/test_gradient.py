@@ -940,7 +940,7 @@ def peak(shape, layout, threads=1, per_sample=False):
             tracemalloc.stop()
 
 
-FIXED = 8192 + 3 * (1 << 16)  # bytes of Python objects, and tiles of three threads
+FIXED = 8192 + 3 * (3 << 15)  # bytes of Python objects, and tiles of three threads
 
 
 def batch(channels, groups):

@@ -282,7 +282,7 @@ def test_x_and_residual_may_be_the_same_array_and_out_too():
 # ---- memory ----------------------------------------------------------------------------------------------
 
 
-SCRATCH = 1 << 16  # bytes: a thread's tiles are fewer
+SCRATCH = 3 << 15  # bytes: a thread's tiles are fewer
 
 
 def peak(call):

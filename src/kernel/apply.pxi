@@ -32,9 +32,13 @@ cdef struct Grid:  # rows of lanes
     Flow flow
 
 
-cdef struct Values:  # of a group with short channels
-    double mean, rstd, rest  # (x - mean) * rstd + rest is normalized
-    double slope, constant
+cdef struct Values:  # of groups with short channels, one behind the other
+    Py_ssize_t groups, values  # of each
+    const double *mean  # of each group
+    const double *rstd
+    const double *rest  # (x - mean) * rstd + rest is normalized
+    const double *slope
+    const double *constant
     const void *weight  # of each value, in the compute type
     const void *bias
 
@@ -56,29 +60,30 @@ cdef inline Py_ssize_t before_vector(const stored *y, vec like) noexcept nogil:
 
 
 cdef inline void affine_run(const stored *x, const stored *residual, stored *y, Py_ssize_t n, vec *a, int activation, Flow flow) noexcept nogil:
-    """The values of one channel. The last vector overlaps the one before it, and is found before this is stored, as y may be x."""
-    cdef Py_ssize_t w = width(a[0]), head = 0, i, k
-    cdef vec last = a[0]
+    """The values of one channel. The vectors between the first and the last begin where a vector's worth of y does in memory, and
+    these two overlap them; all are found before what they read is overwritten, as y may be x."""
+    cdef Py_ssize_t w = width(a[0]), i, k
+    cdef vec first = a[0], last = a[0]
     if n < w:
         last = fma(load_some(x, n, a[0]) - a[0], a[1], a[2])
         if residual != NULL:
             last = last + load_some(residual, n, a[0])
         store_some(y, activated(activation, last), n)
         return
-    if flow.stream:
-        head = before_vector(y, a[0])
-        if head:
-            store(y, activated(activation, add_residual(fma(load(x, a[0]) - a[0], a[1], a[2]), residual, 0)), False)
-    i = n - w
-    if (n - head) % w:
-        last = activated(activation, add_residual(fma(load(x + i, a[0]) - a[0], a[1], a[2]), residual, i))
-    i = head
-    for k in range((n - head) // w):
+    i = before_vector(y, a[0])
+    if i:
+        first = activated(activation, add_residual(fma(load(x, a[0]) - a[0], a[1], a[2]), residual, 0))
+    if (n - i) % w:
+        last = activated(activation, add_residual(fma(load(x + n - w, a[0]) - a[0], a[1], a[2]), residual, n - w))
+    if i and flow.stream:
+        store(y, first, False)
+    for k in range((n - i) // w):
         if flow.ahead:
-            gn_prefetch(<const char *> (x + i) + flow.ahead)
-        store(y + i, activated(activation, add_residual(fma(load(x + i, a[0]) - a[0], a[1], a[2]), residual, i)), flow.stream)
-        i += w
-    if (n - head) % w:
+            gn_prefetch(<const char *> (x + i + k * w) + flow.ahead)
+        store(y + i + k * w, activated(activation, add_residual(fma(load(x + i + k * w, a[0]) - a[0], a[1], a[2]), residual, i + k * w)), flow.stream)
+    if i and not flow.stream:
+        store(y, first, False)
+    if (n - i) % w:
         store(y + n - w, last, False)
 
 
@@ -118,26 +123,26 @@ cdef inline vec dx_at(vec x, vec dy, const vec *a) noexcept nogil:
 
 cdef inline void dx_run(const stored *x, const stored *dy, stored *dx, Py_ssize_t n, const vec *a, Flow flow) noexcept nogil:
     """As affine_run."""
-    cdef Py_ssize_t w = width(a[0]), head = 0, i, k
-    cdef vec last = a[0]
+    cdef Py_ssize_t w = width(a[0]), i, k
+    cdef vec first = a[0], last = a[0]
     if n < w:
         store_some(dx, dx_at(load_some(x, n, a[0]), load_some(dy, n, a[0]), a), n)
         return
-    if flow.stream:
-        head = before_vector(dx, a[0])
-        if head:
-            store(dx, dx_at(load(x, a[0]), load(dy, a[0]), a), False)
-    i = n - w
-    if (n - head) % w:
-        last = dx_at(load(x + i, a[0]), load(dy + i, a[0]), a)
-    i = head
-    for k in range((n - head) // w):
+    i = before_vector(dx, a[0])
+    if i:
+        first = dx_at(load(x, a[0]), load(dy, a[0]), a)
+    if (n - i) % w:
+        last = dx_at(load(x + n - w, a[0]), load(dy + n - w, a[0]), a)
+    if i and flow.stream:
+        store(dx, first, False)
+    for k in range((n - i) // w):
         if flow.ahead:
-            gn_prefetch(<const char *> (x + i) + flow.ahead)
-            gn_prefetch(<const char *> (dy + i) + flow.ahead)
-        store(dx + i, dx_at(load(x + i, a[0]), load(dy + i, a[0]), a), flow.stream)
-        i += w
-    if (n - head) % w:
+            gn_prefetch(<const char *> (x + i + k * w) + flow.ahead)
+            gn_prefetch(<const char *> (dy + i + k * w) + flow.ahead)
+        store(dx + i + k * w, dx_at(load(x + i + k * w, a[0]), load(dy + i + k * w, a[0]), a), flow.stream)
+    if i and not flow.stream:
+        store(dx, first, False)
+    if (n - i) % w:
         store(dx + n - w, last, False)
 
 
@@ -252,47 +257,57 @@ cdef void dx_rows(const stored *x, const stored *dy, stored *dx, const Grid *t, 
 # ---- values ----------------------------------------------------------------------------------------
 
 
-cdef inline void affine_values_as(const stored *x, const stored *residual, stored *y, Py_ssize_t n, const Values *t, int activation, vec like) noexcept nogil:
-    cdef vec mean = all_of(t.mean, like), rstd = all_of(t.rstd, like), rest = all_of(t.rest, like), z
-    cdef Py_ssize_t w = width(like), i = 0, k
-    for k in range(n // w):
-        z = fma(fma(load(x + i, like) - mean, rstd, rest), lane(t.weight, i, like), lane(t.bias, i, like))
-        store(y + i, activated(activation, add_residual(z, residual, i)), False)
-        i += w
-    if n % w:
-        z = fma(fma(load_some(x + i, n % w, like) - mean, rstd, rest), some_lanes(t.weight, i, n % w, like), some_lanes(t.bias, i, n % w, like))
-        if residual != NULL:
-            z = z + load_some(residual + i, n % w, like)
-        store_some(y + i, activated(activation, z), n % w)
+cdef inline void affine_values_as(const stored *x, const stored *residual, stored *y, const Values *t, int activation, vec like) noexcept nogil:
+    cdef vec mean, rstd, rest, z
+    cdef Py_ssize_t w = width(like), n = t.values, i = 0, k, g
+    for g in range(t.groups):
+        mean = all_of(t.mean[g], like)
+        rstd = all_of(t.rstd[g], like)
+        rest = all_of(t.rest[g], like)
+        for k in range(n // w):
+            z = fma(fma(load(x + i, like) - mean, rstd, rest), lane(t.weight, i, like), lane(t.bias, i, like))
+            store(y + i, activated(activation, add_residual(z, residual, i)), False)
+            i += w
+        if n % w:
+            z = fma(fma(load_some(x + i, n % w, like) - mean, rstd, rest), some_lanes(t.weight, i, n % w, like), some_lanes(t.bias, i, n % w, like))
+            if residual != NULL:
+                z = z + load_some(residual + i, n % w, like)
+            store_some(y + i, activated(activation, z), n % w)
+            i += n % w
 
 
-cdef void affine_values(const stored *x, const stored *residual, stored *y, Py_ssize_t n, const Values *t, int activation, vec like) noexcept nogil:
+cdef void affine_values(const stored *x, const stored *residual, stored *y, const Values *t, int activation, vec like) noexcept nogil:
     if activation == IDENTITY and residual == NULL:
-        affine_values_as(x, NULL, y, n, t, IDENTITY, like)
+        affine_values_as(x, NULL, y, t, IDENTITY, like)
     elif activation == IDENTITY:
-        affine_values_as(x, residual, y, n, t, IDENTITY, like)
+        affine_values_as(x, residual, y, t, IDENTITY, like)
     elif activation == RELU:
-        affine_values_as(x, residual, y, n, t, RELU, like)
+        affine_values_as(x, residual, y, t, RELU, like)
     elif activation == SILU:
-        affine_values_as(x, residual, y, n, t, SILU, like)
+        affine_values_as(x, residual, y, t, SILU, like)
     elif activation == GELU:
-        affine_values_as(x, residual, y, n, t, GELU, like)
+        affine_values_as(x, residual, y, t, GELU, like)
     elif activation == GELU_TANH:
-        affine_values_as(x, residual, y, n, t, GELU_TANH, like)
+        affine_values_as(x, residual, y, t, GELU_TANH, like)
     else:
-        affine_values_as(x, residual, y, n, t, MISH, like)
+        affine_values_as(x, residual, y, t, MISH, like)
 
 
-cdef void dx_values(const stored *x, const stored *dy, stored *dx, Py_ssize_t n, const Values *t, vec like) noexcept nogil:
-    cdef vec mean = all_of(t.mean, like), rstd = all_of(t.rstd, like)
-    cdef vec slope = all_of(-t.slope, like), constant = all_of(-t.constant, like)
-    cdef Py_ssize_t w = width(like), i = 0, k
-    for k in range(n // w):
-        store(dx + i, fma(load(dy + i, like), lane(t.weight, i, like) * rstd, fma(load(x + i, like) - mean, slope, constant)), False)
-        i += w
-    if n % w:
-        store_some(dx + i, fma(load_some(dy + i, n % w, like), some_lanes(t.weight, i, n % w, like) * rstd,
-                               fma(load_some(x + i, n % w, like) - mean, slope, constant)), n % w)
+cdef void dx_values(const stored *x, const stored *dy, stored *dx, const Values *t, vec like) noexcept nogil:
+    cdef vec a[4]
+    cdef Py_ssize_t w = width(like), n = t.values, i = 0, k, g
+    for g in range(t.groups):
+        a[0] = all_of(t.mean[g], like)
+        a[2] = all_of(-t.slope[g], like)
+        a[3] = all_of(-t.constant[g], like)
+        for k in range(n // w):
+            a[1] = lane(t.weight, i, like) * all_of(t.rstd[g], like)
+            store(dx + i, dx_at(load(x + i, like), load(dy + i, like), a), False)
+            i += w
+        if n % w:
+            a[1] = some_lanes(t.weight, i, n % w, like) * all_of(t.rstd[g], like)
+            store_some(dx + i, dx_at(load_some(x + i, n % w, like), load_some(dy + i, n % w, like), a), n % w)
+            i += n % w
 
 
 # ---- the activation's gradient ---------------------------------------------------------------------

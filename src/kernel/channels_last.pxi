@@ -20,7 +20,7 @@ cdef inline Py_ssize_t lanes_of(const Job *job) noexcept nogil:
 
 cdef inline double *lane_array(const Job *job, const Scratch *scratch, int i) noexcept nogil:
     """One of the arrays of lanes that follow two doubles for each channel."""
-    return scratch.channels + 2 * job.C + i * lanes_of(job)
+    return scratch.channels + 2 * (job.C + LANES) + i * lanes_of(job)
 
 
 cdef inline Span rows_of(const Job *job, const Unit *u, Py_ssize_t chunk) noexcept nogil:
@@ -101,30 +101,21 @@ cdef void fold_lanes(const Job *job, const Lanes *l) noexcept nogil:
 # ---- moments ---------------------------------------------------------------------------------------
 
 
-cdef inline vec middle(vec a, vec b, vec c, vec d) noexcept nogil:
-    """The mean of the middle two, which no single outlier moves."""
-    cdef vec low = most(least(a, b), least(c, d)), high = least(most(a, b), most(c, d))
-    return times(0.5, low) + times(0.5, high)
-
-
 cdef void pivots_of(const stored *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t channels, void *pivot, vec like) noexcept nogil:
-    """About the mean of each channel, from SAMPLED_ROWS rows; or the first of fewer."""
+    """About the mean of each channel, from SAMPLES rows; or the first of fewer."""
     cdef Py_ssize_t w = width(like), j = 0, k, r, n
-    cdef vec size
-    cdef vec v[SAMPLED_ROWS]
+    cdef vec v[SAMPLES]
     for k in range((channels + w - 1) // w):
         n = min(w, channels - j)
-        size = all_of(0, like)
-        for r in range(SAMPLED_ROWS):
+        for r in range(SAMPLES):
             v[r] = some_of(x + (r * row if r < rows else 0) + j, n, like)
-            size = size + times(1.0 / SAMPLED_ROWS, absolute(v[r]))
-        put_lane(pivot, j, on_grid(middle(v[0], v[1], v[2], v[3]), size))
+        put_lane(pivot, j, on_grid(middle(v[0], v[1], v[2], v[3]), size_of(v[0], v[1], v[2], v[3])))
         j += w
 
 
 cdef void sample_pivots(const Job *job, const Span *whole, const Scratch *scratch, void *pivot, const stored *_, vec like) noexcept nogil:
     """From rows that are spread over a chunk, so that data that drift stay near: each the first from there that counts."""
-    cdef Py_ssize_t rows = 1 if vec is doubles and stored is not double else min(SAMPLED_ROWS, whole.rows), r, c, row
+    cdef Py_ssize_t rows = 1 if vec is doubles and stored is not double else min(SAMPLES, whole.rows), r, c, row
     cdef Py_ssize_t stop = whole.s + whole.rows
     cdef stored *tile = <stored *> scratch.x
     cdef const stored *x
@@ -133,9 +124,9 @@ cdef void sample_pivots(const Job *job, const Span *whole, const Scratch *scratc
     if job.mask.data == NULL and in_rows(job, &job.x, _):
         pivots_of(<const stored *> address(&job.x, t.n, t.c, t.s), row_of(&job.x, _) * (whole.rows // rows), rows, job.C, pivot, like)
         return
-    for c from 0 <= c < job.C by TILE // SAMPLED_ROWS:
+    for c from 0 <= c < job.C by TILE // SAMPLES:
         t.c = c
-        t.lanes = min(TILE // SAMPLED_ROWS, job.C - c)
+        t.lanes = min(TILE // SAMPLES, job.C - c)
         for r in range(rows):
             t.s = whole.s + whole.rows // rows * r
             while job.mask.data != NULL and t.s < stop and load_mask(job, t, scratch.mask)[0] == 0:
@@ -273,7 +264,7 @@ cdef void channels_last_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chun
 cdef bint lane_parameters(const Job *job, const Span *whole, const double *known, const double *slopes, const Scratch *scratch, Grid *t, vec like) noexcept nogil:
     """The parameters of each lane, and whether float32 may carry them. Without slopes, those of y only."""
     cdef double *scale = scratch.channels
-    cdef double *shift = scratch.channels + job.C
+    cdef double *shift = scratch.channels + job.C + LANES
     cdef double mean, rest, rstd, slope
     cdef Py_ssize_t g, i, c, n = fold_of(job) * job.C
     cdef bint ok = True

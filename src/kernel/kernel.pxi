@@ -28,22 +28,23 @@ include "channels_last.pxi"
 cdef Py_ssize_t doubles_of(const Job *job) noexcept nogil:
     """Of Scratch.channels."""
     if job.channels_last:
-        return 2 * job.C + 7 * lanes_of(job)
-    return 2 * SHORT_TILE if job.S < SHORT else 2 * job.K
+        return 2 * (job.C + LANES) + 7 * lanes_of(job)
+    return 2 * SHORT_TILE + 5 * job.unit_groups + LANES if job.S < SHORT else 2 * parameters_of(job) + job.unit_groups + LANES
 
 
 cdef Py_ssize_t scratch_bytes(const Job *job) noexcept nogil:
-    return (3 * TILE + 2 * SHORT_TILE + doubles_of(job)) * sizeof(double) + TILE + 64 & ~<Py_ssize_t> 63
+    return (BLOCK + 2 * TILE + 2 * SHORT_TILE + doubles_of(job)) * sizeof(double) + BLOCK + 64 & ~<Py_ssize_t> 63
 
 
 cdef Scratch scratch_of(const Job *job, char *memory) noexcept nogil:
     cdef Scratch s
-    s.x = memory
-    s.dy = memory + TILE * sizeof(double)
-    s.y = memory + 2 * TILE * sizeof(double)
-    s.weight = memory + 3 * TILE * sizeof(double)
-    s.bias = memory + (3 * TILE + SHORT_TILE) * sizeof(double)
-    s.channels = <double *> (memory + (3 * TILE + 2 * SHORT_TILE) * sizeof(double))
+    cdef double *tile = <double *> memory
+    s.x = tile
+    s.dy = tile + BLOCK
+    s.y = tile + BLOCK + TILE
+    s.weight = tile + BLOCK + 2 * TILE
+    s.bias = tile + BLOCK + 2 * TILE + SHORT_TILE
+    s.channels = tile + BLOCK + 2 * TILE + 2 * SHORT_TILE
     s.mask = <unsigned char *> (s.channels + doubles_of(job))
     return s
 

@@ -3,24 +3,27 @@
 
 cdef enum:
     SMALL = 512  # groups of fewer values have their moments computed in float64: too few roundings average out
-    SAMPLES = 8  # times LANES values are averaged for a pivot: half a standard deviation from the mean is as good as none
-    SAMPLED_ROWS = 4  # of channels-last, of which the middle two are averaged
+    BLOCK = 4096  # values of channels-first with one pivot: few, for data that drift, and enough to hide how it is found
+    SAMPLES = 4  # times LANES values, or rows, are averaged for a pivot: half a standard deviation from the mean is as good as none
+
+
+cdef inline void merge_group(double *into, const double *other, Py_ssize_t n, Py_ssize_t m) noexcept nogil:
+    """Merge the moments of a group, one of n, with others, one of m: Chan, Golub and LeVeque (1983)."""
+    cdef double count = into[COUNT * n], other_count = other[COUNT * m], share, delta
+    share = other_count / max(count + other_count, 1.0)
+    into[PIVOT * n] = other[PIVOT * m] if count == 0 else into[PIVOT * n]
+    delta = (other[PIVOT * m] - into[PIVOT * n]) + (other[SHIFT * m] - into[SHIFT * n])
+    delta = delta if other_count > 0 else 0
+    into[SHIFT * n] += delta * share
+    into[M2 * n] += other[M2 * m] + delta * delta * (count * share)
+    into[COUNT * n] = count + other_count
 
 
 cdef void merge(const Job *job, double *into, const double *other) noexcept nogil:
-    """Merge the moments of a unit's groups with others: Chan, Golub and LeVeque (1983)."""
-    cdef double count, other_count, share, delta
-    cdef Py_ssize_t i, n = job.unit_groups
-    for i in range(n):
-        count = into[COUNT * n + i]
-        other_count = other[COUNT * n + i]
-        share = other_count / max(count + other_count, 1.0)
-        into[PIVOT * n + i] = other[PIVOT * n + i] if count == 0 else into[PIVOT * n + i]
-        delta = (other[PIVOT * n + i] - into[PIVOT * n + i]) + (other[SHIFT * n + i] - into[SHIFT * n + i])
-        delta = delta if other_count > 0 else 0
-        into[SHIFT * n + i] += delta * share
-        into[M2 * n + i] += other[M2 * n + i] + delta * delta * (count * share)
-        into[COUNT * n + i] = count + other_count
+    """Merge the moments of a unit's groups with those of another chunk."""
+    cdef Py_ssize_t g
+    for g in range(job.unit_groups):
+        merge_group(into + g, other + g, job.unit_groups, job.unit_groups)
 
 
 cdef inline void put_moments(double count, double sum, double square, double pivot, double *found, Py_ssize_t groups) noexcept nogil:
@@ -40,43 +43,50 @@ cdef inline bint carried(double sum_of_squares) noexcept nogil:
 cdef inline vec on_grid(vec p, vec size) noexcept nogil:
     """A pivot rounded to the spacing of numbers four times as large as the data: then x - p is exact or its error is random.
     With lower bits of its own it would shift all x of one binade by the same error, which no average removes."""
-    cdef vec above = all_of(4, p) * least(size, all_of(1e37, p))
+    cdef vec above = times(4, least(size, all_of(1e37, p)))
     return (p + above) - above
 
 
-cdef inline double value_of(vec v) noexcept nogil:
-    cdef float f[16]
-    cdef double d[8]
-    if vec is floats:
-        gn_floats_to_float(f, v, False)
-        return f[0]
-    else:
-        gn_doubles_to_double(d, v, False)
-        return d[0]
+cdef inline vec middle(vec a, vec b, vec c, vec d) noexcept nogil:
+    """The mean of the middle two, which no single outlier moves."""
+    cdef vec low = most(least(a, b), least(c, d)), high = least(most(a, b), most(c, d))
+    return times(0.5, low) + times(0.5, high)
 
 
-cdef inline double settled(double *sums, double count, vec like) noexcept nogil:
-    """A pivot from sums of x / count and of |x| / count."""
+cdef inline vec size_of(vec a, vec b, vec c, vec d) noexcept nogil:
+    """The mean of their magnitudes, whose sum could overflow."""
+    return (times(0.25, absolute(a)) + times(0.25, absolute(b))) + (times(0.25, absolute(c)) + times(0.25, absolute(d)))
+
+
+cdef inline double settled(double *sums, double share, vec like) noexcept nogil:
+    """A pivot from sums of x and of |x|, of which it is that share; on_grid for a scalar."""
     cdef double mean, size
+    cdef float above
     gn_total(sums, &mean, &size)
-    return value_of(on_grid(all_of(mean / count, like), all_of(size / count, like)))
+    mean *= share
+    size *= 4 * share
+    if vec is floats:
+        above = <float> min(size, 4e37)
+        return (<float> mean + above) - above
+    else:
+        size = min(size, 4e37)
+        return (mean + size) - size
 
 
 cdef inline double pivot_of_rows(const stored *x, Py_ssize_t stride, vec like) noexcept nogil:
     """About the mean of data of which SAMPLES times LANES values lie so far apart."""
     cdef double sums[2 * LANES]
-    cdef vec v, share = all_of(1.0 / SAMPLES, like), mean, size
-    cdef Py_ssize_t k, r
-    memset(sums, 0, sizeof(sums))
+    cdef vec a, b, c, d
+    cdef Py_ssize_t k
     for k in range(LANES // width(like)):
-        mean = size = all_of(0, like)
-        for r in range(SAMPLES):
-            v = load(x + r * stride + k * width(like), like) * share  # multiplied first: the sum could overflow
-            mean = mean + v
-            size = size + absolute(v)
-        add_lanes(sums + k * width(like), mean)
-        add_lanes(sums + LANES + k * width(like), size)
-    return settled(sums, LANES, like)
+        a = load(x, like)
+        b = load(x + stride, like)
+        c = load(x + 2 * stride, like)
+        d = load(x + 3 * stride, like)
+        put_lanes(sums + k * width(like), middle(a, b, c, d))
+        put_lanes(sums + LANES + k * width(like), size_of(a, b, c, d))
+        x += width(like)
+    return settled(sums, 1.0 / LANES, like)
 
 
 cdef inline double pivot_of_few(const stored *x, Py_ssize_t n, vec like) noexcept nogil:
@@ -97,8 +107,8 @@ cdef inline double pivot_of(const stored *x, Py_ssize_t n, vec like) noexcept no
         return scalar(x[0])
     elif n < SAMPLES * LANES:
         return pivot_of_few(x, n, like)
-    else:
-        return pivot_of_rows(x, n // SAMPLES, like)
+    else:  # not in step with channels, whose edges may be unlike the rest
+        return pivot_of_rows(x, n // SAMPLES + (3 * LANES if n >= 2 * SMALL else 0), like)
 
 
 cdef void give_moments(const Job *job, Py_ssize_t unit, double *known, const Scratch *scratch) noexcept nogil:
@@ -124,6 +134,18 @@ cdef void take_moments(const Job *job, Py_ssize_t unit, double *known, const Scr
         known[COUNT * u.groups + g] = job.count[i + g]
         known[PIVOT * u.groups + g] = job.mean[i + g]
         known[M2 * u.groups + g] = job.m2[i + g] if job.count[i + g] > 0 else 0
+
+
+cdef inline void rstds_of(const Job *job, const double *known, Py_ssize_t groups, double *rstd) noexcept nogil:
+    """Of all groups of a unit, DOUBLES at a time; `rstd` has room for as many more."""
+    cdef doubles one = gn_all_doubles(1), eps = gn_all_doubles(job.eps), count, m2
+    cdef Py_ssize_t g, k, n
+    for k in range((groups + DOUBLES - 1) // DOUBLES):
+        g = k * DOUBLES
+        n = min(DOUBLES, groups - g)
+        count = most(one, some_of(known + COUNT * groups + g, n, one))
+        m2 = some_of(known + M2 * groups + g, n, one)
+        gn_doubles_to_double(rstd + g, one / gn_sqrt_doubles(m2 / count + eps), False)
 
 
 cdef inline double rstd_of(const Job *job, const double *known, Py_ssize_t groups, Py_ssize_t g) noexcept nogil:

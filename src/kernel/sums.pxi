@@ -21,51 +21,106 @@ cdef inline void add_pair(vec v, vec d, vec *sum, vec *product) noexcept nogil:
     product[0] = fma(v, d, product[0])
 
 
-cdef inline void add_rows_of_lanes(const stored *x, const stored *v, Py_ssize_t rows, vec p, double *sums) noexcept nogil:
-    """Up to PIECE values that lie in a row, in the order of memory as far as a vector reaches: out of order the hardware
-    prefetches too little of it, and a sweep of DRAM takes up to 2.4 times as long."""
-    cdef vec sum[SETS]
-    cdef vec product[SETS]
-    cdef vec d, zero = all_of(0, p)
+cdef inline void sum_lanes(const stored *x, const stored *v, Py_ssize_t rows, vec p, vec *sum, vec *product) noexcept nogil:
+    """Rows of LANES values, in the order of memory as far as a vector reaches: out of order the hardware prefetches too little of
+    it, and a sweep of DRAM takes up to 2.4 times as long."""
+    cdef vec s[SETS]
+    cdef vec q[SETS]
+    cdef vec d
     cdef Py_ssize_t k, r, j, i
     for k in range(LANES // width(p)):
         i = k * width(p)
         for j in range(SETS):
-            sum[j] = zero
-            product[j] = zero
+            s[j] = q[j] = all_of(0, p)
         for r in range(rows // SETS):
             for j in range(SETS):
                 d = load(x + i + j * LANES, p) - p
-                add_pair(factor(v, i + j * LANES, d), d, &sum[j], &product[j])
+                add_pair(factor(v, i + j * LANES, d), d, &s[j], &q[j])
             i += SETS * LANES
         for r in range(rows % SETS):
             d = load(x + i, p) - p
-            add_pair(factor(v, i, d), d, &sum[0], &product[0])
+            add_pair(factor(v, i, d), d, &s[0], &q[0])
             i += LANES
+        sum[k] = s[0]
+        product[k] = q[0]
         if rows >= SETS:
-            sum[0] = (sum[0] + sum[1]) + (sum[2] + sum[3])
-            product[0] = (product[0] + product[1]) + (product[2] + product[3])
-        add_lanes(sums + k * width(p), sum[0])
-        add_lanes(sums + LANES + k * width(p), product[0])
+            sum[k] = (s[0] + s[1]) + (s[2] + s[3])
+            product[k] = (q[0] + q[1]) + (q[2] + q[3])
+
+
+cdef inline void add_piece(const stored *x, const stored *v, Py_ssize_t rows, vec p, double *sums) noexcept nogil:
+    cdef vec sum[LANES]
+    cdef vec product[LANES]
+    cdef Py_ssize_t k
+    sum_lanes(x, v, rows, p, sum, product)
+    for k in range(LANES // width(p)):
+        add_lanes(sums + k * width(p), sum[k])
+        add_lanes(sums + LANES + k * width(p), product[k])
+
+
+cdef inline void add_few(const stored *x, Py_ssize_t n, double pivot, double *sums) noexcept nogil:
+    """The same of few values, in float64: a chain for each lane will do, and the lanes are written once."""
+    cdef doubles p = gn_all_doubles(pivot), d
+    cdef doubles sum[LANES]
+    cdef doubles product[LANES]
+    cdef Py_ssize_t k, r
+    for k in range(LANES // DOUBLES):
+        sum[k] = product[k] = gn_all_doubles(0)
+    for r in range(n // LANES):
+        for k in range(LANES // DOUBLES):
+            d = load(x + k * DOUBLES, p) - p
+            add_pair(d, d, &sum[k], &product[k])
+        x += LANES
+    for k in range(LANES // DOUBLES):
+        gn_doubles_to_double(sums + k * DOUBLES, sum[k], False)
+        gn_doubles_to_double(sums + LANES + k * DOUBLES, product[k], False)
+    for r in range(n % LANES):
+        sums[r] += scalar(x[r]) - pivot
+        sums[LANES + r] += (scalar(x[r]) - pivot) * (scalar(x[r]) - pivot)
+
+
+cdef inline void add_rest(const stored *x, const stored *v, Py_ssize_t n, double pivot, double *sum, double *product) noexcept nogil:
+    """A value for each of the first lanes."""
+    cdef Py_ssize_t j
+    cdef double d
+    for j in range(n):
+        d = scalar(x[j]) - pivot
+        sum[j] += d if v == NULL else scalar(v[j])
+        product[j] += d * (d if v == NULL else scalar(v[j]))
 
 
 cdef inline void add_values(const stored *x, const stored *v, Py_ssize_t n, vec p, double pivot, double *sums) noexcept nogil:
-    """Values that lie in a row."""
-    cdef Py_ssize_t k, j
-    cdef double d
+    """Values that lie in a row, piece by piece."""
+    cdef Py_ssize_t k
     for k in range(n // PIECE):
-        add_rows_of_lanes(x, v, PIECE // LANES, p, sums)
+        add_piece(x, v, PIECE // LANES, p, sums)
         x += PIECE
         v = v if v == NULL else v + PIECE
     n %= PIECE
-    if n >= LANES:
-        add_rows_of_lanes(x, v, n // LANES, p, sums)
-        x += n - n % LANES
-        v = v if v == NULL else v + (n - n % LANES)
-    for j in range(n % LANES):
-        d = scalar(x[j]) - pivot
-        sums[j] += d if v == NULL else scalar(v[j])
-        sums[LANES + j] += d * (d if v == NULL else scalar(v[j]))
+    add_piece(x, v, n // LANES, p, sums)
+    k = n - n % LANES
+    add_rest(x + k, v if v == NULL else v + k, n % LANES, pivot, sums, sums + LANES)
+
+
+cdef inline void sum_channel(const stored *x, const stored *v, Py_ssize_t n, vec p, double pivot, double *sum, double *product) noexcept nogil:
+    """Of a channel, which may be a single piece."""
+    cdef double lanes[2 * LANES]
+    cdef vec s[LANES]
+    cdef vec q[LANES]
+    cdef Py_ssize_t k, j
+    cdef double d
+    if vec is floats and n < PIECE:
+        k = n - n % LANES
+        sum_lanes(x, v, n // LANES, p, s, q)
+        gn_total_floats(s, q, sum, product)
+        for j in range(k, n):
+            d = scalar(x[j]) - pivot
+            sum[0] += scalar(v[j])
+            product[0] += d * scalar(v[j])
+        return
+    memset(lanes, 0, sizeof(lanes))
+    add_values(x, v, n, p, pivot, lanes)
+    gn_total(lanes, sum, product)
 
 
 cdef struct Rows:  # of channels-last: values of some lanes, `row` apart

@@ -2,7 +2,7 @@
 # in this file and nowhere else.
 
 cdef enum:
-    TILE = 1536  # values of a tile at most: whole pieces, and up to twice STEP rows of STRIP lanes
+    TILE = 1536  # values of a tile at most: whole pieces, and up to twice STEP rows of STRIP lanes; one of x holds BLOCK
     PACKET = 128  # values gathered at a time from strided memory
 
 cdef struct Span:  # the part of an array that a tile holds, from sample n, channel c, position s on
@@ -154,7 +154,7 @@ cdef void move(const Job *job, const View *v, const Span *t, stored *tile, bint 
     """Walk the runs of equal stride that make up a span, reading them into the tile or writing them from it."""
     cdef Py_ssize_t inner = v.shape[v.ndim - 1], stride = v.stride[v.ndim - 1], total = t.rows * t.lanes
     cdef Py_ssize_t c = t.c, s = t.s, done = 0, run
-    cdef bint flat = False
+    cdef bint flat = v.ndim == 1 and v.channel_stride == job.S * stride
     if job.channels_last:
         stride = v.channel_stride
         flat = v.ndim == 1 and v.stride[0] == t.lanes * stride
@@ -193,6 +193,12 @@ cdef inline stored *direct(const Job *job, const View *v, const Span *t, stored 
             return buffer
         row[0] = v.stride[0] // v.itemsize
     return <stored *> address(v, t.n, t.c, t.s)
+
+
+cdef inline stored *target(const Job *job, const View *v, const Span *t, stored *buffer) noexcept nogil:
+    """Where to write a span's values: where they shall lie, unless they are to be converted, scattered or streamed from the buffer."""
+    cdef Py_ssize_t row
+    return buffer if v.streamed else direct(job, v, t, buffer, &row)
 
 
 cdef inline stored *load_tile(const Job *job, const View *v, const Span *t, stored *buffer, Py_ssize_t *row) noexcept nogil:

@@ -7,6 +7,7 @@
 #ifndef GN_FAST_VECTOR_H
 #define GN_FAST_VECTOR_H
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -28,7 +29,6 @@ typedef float gn_floats __attribute__((vector_size(GN_BYTES)));
 typedef double gn_doubles __attribute__((vector_size(GN_BYTES)));
 typedef int32_t gn_ints __attribute__((vector_size(GN_BYTES)));
 typedef int64_t gn_longs __attribute__((vector_size(GN_BYTES)));
-typedef float gn_few_floats __attribute__((vector_size(GN_BYTES / 2))); /* as many as doubles */
 
 /* ---- arithmetic --------------------------------------------------------------------------------- */
 
@@ -45,6 +45,8 @@ static inline gn_doubles gn_exponent_doubles(gn_doubles a) { return (gn_doubles)
 #if GN_BYTES == 64
 static inline gn_floats gn_fma_floats(gn_floats a, gn_floats b, gn_floats c) { return _mm512_fmadd_ps(a, b, c); }
 static inline gn_doubles gn_fma_doubles(gn_doubles a, gn_doubles b, gn_doubles c) { return _mm512_fmadd_pd(a, b, c); }
+static inline gn_doubles gn_sqrt_doubles(gn_doubles a) { return _mm512_sqrt_pd(a); }
+static inline int gn_any_less(gn_doubles a, gn_doubles b) { return _mm512_cmp_pd_mask(a, b, _CMP_LT_OQ) != 0; }
 static inline gn_floats gn_least_floats(gn_floats a, gn_floats b) { return _mm512_min_ps(a, b); }
 static inline gn_doubles gn_least_doubles(gn_doubles a, gn_doubles b) { return _mm512_min_pd(a, b); }
 static inline gn_floats gn_most_floats(gn_floats a, gn_floats b) { return _mm512_max_ps(a, b); }
@@ -58,6 +60,8 @@ static inline gn_doubles gn_where_at_most_doubles(gn_doubles a, gn_doubles b, gn
 #elif GN_BYTES == 32
 static inline gn_floats gn_fma_floats(gn_floats a, gn_floats b, gn_floats c) { return _mm256_fmadd_ps(a, b, c); }
 static inline gn_doubles gn_fma_doubles(gn_doubles a, gn_doubles b, gn_doubles c) { return _mm256_fmadd_pd(a, b, c); }
+static inline gn_doubles gn_sqrt_doubles(gn_doubles a) { return _mm256_sqrt_pd(a); }
+static inline int gn_any_less(gn_doubles a, gn_doubles b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_LT_OQ)) != 0; }
 static inline gn_floats gn_least_floats(gn_floats a, gn_floats b) { return _mm256_min_ps(a, b); }
 static inline gn_doubles gn_least_doubles(gn_doubles a, gn_doubles b) { return _mm256_min_pd(a, b); }
 static inline gn_floats gn_most_floats(gn_floats a, gn_floats b) { return _mm256_max_ps(a, b); }
@@ -84,6 +88,15 @@ static inline gn_doubles gn_fma_doubles(gn_doubles a, gn_doubles b, gn_doubles c
 #else
     return a * b + c;
 #endif
+}
+static inline int gn_any_less(gn_doubles a, gn_doubles b) {
+    int any = 0;
+    for (int i = 0; i < GN_DOUBLES; i++) any |= a[i] < b[i];
+    return any;
+}
+static inline gn_doubles gn_sqrt_doubles(gn_doubles a) {
+    for (int i = 0; i < GN_DOUBLES; i++) a[i] = sqrt(a[i]);
+    return a;
 }
 static inline gn_floats gn_choose_floats(gn_ints m, gn_floats x, gn_floats y) { return (gn_floats)(((gn_ints)x & m) | ((gn_ints)y & ~m)); }
 static inline gn_doubles gn_choose_doubles(gn_longs m, gn_doubles x, gn_doubles y) { return (gn_doubles)(((gn_longs)x & m) | ((gn_longs)y & ~m)); }
@@ -138,13 +151,9 @@ static inline gn_bfloat gn_to_bfloat(float f) {
 
 static inline gn_floats gn_floats_of_float(const float *p) { gn_floats v; memcpy(&v, p, sizeof v); return v; }
 static inline gn_doubles gn_doubles_of_double(const double *p) { gn_doubles v; memcpy(&v, p, sizeof v); return v; }
-static inline gn_doubles gn_doubles_of_float(const float *p) {
-    gn_few_floats v;
-    memcpy(&v, p, sizeof v);
-    return __builtin_convertvector(v, gn_doubles);
-}
 
 #if GN_BYTES == 64
+static inline gn_doubles gn_doubles_of_float(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 static inline gn_floats gn_floats_of_half(const gn_half *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 static inline gn_floats gn_floats_of_bfloat(const gn_bfloat *p) {
     return (gn_floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16);
@@ -154,6 +163,7 @@ static inline gn_doubles gn_doubles_of_bfloat(const gn_bfloat *p) {
     return _mm512_cvtps_pd((__m256)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
 }
 #elif GN_BYTES == 32
+static inline gn_doubles gn_doubles_of_float(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 static inline gn_floats gn_floats_of_half(const gn_half *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 static inline gn_floats gn_floats_of_bfloat(const gn_bfloat *p) {
     return (gn_floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16);
@@ -163,6 +173,11 @@ static inline gn_doubles gn_doubles_of_bfloat(const gn_bfloat *p) {
     return _mm256_cvtps_pd((__m128)_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const void *)p)), 16));
 }
 #else
+static inline gn_doubles gn_doubles_of_float(const float *p) {
+    gn_doubles v;
+    for (int i = 0; i < GN_DOUBLES; i++) v[i] = p[i];
+    return v;
+}
 static inline gn_floats gn_floats_of_half(const gn_half *p) {
     gn_floats v;
     for (int i = 0; i < GN_FLOATS; i++) v[i] = gn_from_half(p[i]);
@@ -237,17 +252,30 @@ static inline void gn_floats_to_bfloat(gn_bfloat *p, gn_floats v, int stream) {
 
 /* ---- sums ----------------------------------------------------------------------------------------- */
 
-/* Widen a vector of sums and add it to as many doubles. */
-static inline void gn_add_floats(double *to, gn_floats v) {
+/* Widen a vector of sums, and store it or add it to as many doubles. */
+static inline void gn_widen_floats(gn_floats v, gn_doubles *a, gn_doubles *b) {
 #if GN_BYTES == 64
-    gn_few_floats low = _mm512_castps512_ps256(v), high = _mm512_extractf32x8_ps(v, 1);
+    *a = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    *b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
 #elif GN_BYTES == 32
-    gn_few_floats low = _mm256_castps256_ps128(v), high = _mm256_extractf128_ps(v, 1);
+    *a = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    *b = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
 #else
-    gn_few_floats low = {v[0], v[1]}, high = {v[2], v[3]};
+    *a = (gn_doubles){v[0], v[1]};
+    *b = (gn_doubles){v[2], v[3]};
 #endif
-    gn_doubles a = gn_doubles_of_double(to) + __builtin_convertvector(low, gn_doubles);
-    gn_doubles b = gn_doubles_of_double(to + GN_DOUBLES) + __builtin_convertvector(high, gn_doubles);
+}
+static inline void gn_put_floats(double *to, gn_floats v) {
+    gn_doubles a, b;
+    gn_widen_floats(v, &a, &b);
+    memcpy(to, &a, sizeof a);
+    memcpy(to + GN_DOUBLES, &b, sizeof b);
+}
+static inline void gn_add_floats(double *to, gn_floats v) {
+    gn_doubles a, b;
+    gn_widen_floats(v, &a, &b);
+    a += gn_doubles_of_double(to);
+    b += gn_doubles_of_double(to + GN_DOUBLES);
     memcpy(to, &a, sizeof a);
     memcpy(to + GN_DOUBLES, &b, sizeof b);
 }
@@ -275,6 +303,27 @@ static inline void gn_total(const double *p, double *first, double *second) {
     }
     *first = (t[0] + t[1]) + (t[2] + t[3]);
     *second = (t[4] + t[5]) + (t[6] + t[7]);
+#endif
+}
+
+/* The same of two times 16 lanes of float32 in vectors of their own: four lanes of each are left when they are widened. */
+static inline void gn_total_floats(const gn_floats *p, const gn_floats *q, double *first, double *second) {
+#if GN_BYTES >= 32
+#if GN_BYTES == 64
+    __m256 a = _mm256_add_ps(_mm512_castps512_ps256(p[0]), _mm512_extractf32x8_ps(p[0], 1));
+    __m256 b = _mm256_add_ps(_mm512_castps512_ps256(q[0]), _mm512_extractf32x8_ps(q[0], 1));
+#else
+    __m256 a = _mm256_add_ps(p[0], p[1]), b = _mm256_add_ps(q[0], q[1]);
+#endif
+    __m256d c = _mm256_hadd_pd(_mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1))),
+                               _mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1))));
+    __m128d d = _mm_add_pd(_mm256_castpd256_pd128(c), _mm256_extractf128_pd(c, 1));
+    _mm_store_sd(first, d);
+    _mm_storeh_pd(second, d);
+#else
+    gn_floats a = (p[0] + p[2]) + (p[1] + p[3]), b = (q[0] + q[2]) + (q[1] + q[3]);
+    *first = ((double)a[0] + a[1]) + ((double)a[2] + a[3]);
+    *second = ((double)b[0] + b[1]) + ((double)b[2] + b[3]);
 #endif
 }
 

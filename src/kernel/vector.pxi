@@ -26,6 +26,8 @@ cdef extern from "vector.h" nogil:
     doubles gn_exponent_doubles(doubles)
     floats gn_fma_floats(floats, floats, floats)
     doubles gn_fma_doubles(doubles, doubles, doubles)
+    doubles gn_sqrt_doubles(doubles)
+    bint gn_any_less(doubles, doubles)
     floats gn_least_floats(floats, floats)
     doubles gn_least_doubles(doubles, doubles)
     floats gn_most_floats(floats, floats)
@@ -44,8 +46,10 @@ cdef extern from "vector.h" nogil:
     void gn_floats_to_bfloat(bfloat *, floats, bint)
     void gn_doubles_to_double(double *, doubles, bint)
     void gn_add_floats(double *, floats)
+    void gn_put_floats(double *, floats)
     void gn_add_doubles(double *, doubles)
     void gn_total(const double *, double *, double *)
+    void gn_total_floats(const floats *, const floats *, double *, double *)
     void gn_prefetch(const void *)
     Py_ssize_t gn_before_line(const void *)
     void gn_stream(void *, const void *, size_t)
@@ -175,6 +179,14 @@ cdef inline void put_lane(void *parameters, Py_ssize_t i, vec v) noexcept nogil:
         gn_floats_to_float(<float *> parameters + i, v, False)
     else:
         gn_doubles_to_double(<double *> parameters + i, v, False)
+
+
+cdef inline void put_lanes(double *sums, vec v) noexcept nogil:
+    """Widened, if they are floats."""
+    if vec is floats:
+        gn_put_floats(sums, v)
+    else:
+        gn_doubles_to_double(sums, v, False)
 
 
 cdef inline void add_lanes(double *sums, vec v) noexcept nogil:
