@@ -97,10 +97,16 @@ cdef struct Scratch:  # a thread's own memory
     unsigned char *mask
     double *channels  # some doubles for each channel of a unit, or each lane of a row
 
+cdef struct Task:  # a chunk of a unit
+    const Job *job
+    Py_ssize_t unit, chunk
+    const double *known  # what earlier passes found of the unit
+    double *found  # where this one puts what it finds
+    const Scratch *scratch
+
 cdef struct Pass:  # one sweep over the chunks of a unit
-    # What it writes, to `found` or to the output, depends on `known` (what earlier passes found) and the chunk only.
-    void (*stage)(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found,
-                  const Scratch *scratch) noexcept nogil
+    # What it writes, to `found` or to the output, depends on `known` and the chunk only.
+    void (*stage)(const Task *task) noexcept nogil
     # Merge what another chunk found, in order; NULL if nothing is.
     void (*merge)(const Job *job, double *into, const double *other) noexcept nogil
     # What is done once all are merged, or NULL.

@@ -204,16 +204,20 @@ cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int
 
 cdef void work_on_unit(const Plan *plan, int i, Py_ssize_t unit, double *known, double *found, const Scratch *scratch) noexcept nogil:
     cdef const Pass *p = &plan.passes[i]
+    cdef Task task = Task(plan.job, unit, 0, known, known, scratch)
     cdef Py_ssize_t k
     if p.merge != NULL:
-        p.stage(plan.job, unit, 0, known, known, scratch)
+        p.stage(&task)
         for k in range(1, plan.job.chunks):
             memset(found, 0, plan.size * sizeof(double))
-            p.stage(plan.job, unit, k, known, found, scratch)
+            task.chunk = k
+            task.found = found
+            p.stage(&task)
             p.merge(plan.job, known, found)
     elif p.stage != NULL:
         for k in range(plan.job.chunks - 1, -1, -1):  # backwards: the end is still in the cache
-            p.stage(plan.job, unit, k, known, NULL, scratch)
+            task.chunk = k
+            p.stage(&task)
     if p.settle != NULL:
         p.settle(plan.job, unit, known, scratch)
 
@@ -242,9 +246,12 @@ cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept n
     cdef Py_ssize_t last = (thread + 1) * plan.job.chunks // plan.threads - 1
     cdef unsigned before = gn_enter_mode(plan.mode)
     cdef Scratch scratch = kernel.scratch_of(plan.job, plan.scratch + thread * plan.scratch_bytes)
+    cdef Task task = Task(plan.job, unit, 0, plan.found, NULL, &scratch)
     for k in range(last - first + 1):
         chunk = last - k if i % 2 else first + k
-        plan.passes[i].stage(plan.job, unit, chunk, plan.found, plan.found + chunk * plan.size, &scratch)
+        task.chunk = chunk
+        task.found = plan.found + chunk * plan.size
+        plan.passes[i].stage(&task)
     gn_leave(before)
 
 

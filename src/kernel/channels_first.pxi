@@ -106,10 +106,12 @@ cdef void gathered_moments(const Job *job, Span t, const Scratch *scratch, doubl
         forward(job, &t, t.lanes)
 
 
-cdef void channels_first_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, const Scratch *scratch,
-                                 const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
-    cdef Part p = part_of(job, &u, chunk, 0)
+cdef void channels_first_moments(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef double *found = task.found
+    cdef Unit u = unit_of(job, task.unit)
+    cdef Part p = part_of(job, &u, task.chunk, 0)
     cdef Span t = span_of(&p)
     cdef const stored *x = <const stored *> address(&job.x, t.n, t.c, t.s)
     cdef Py_ssize_t values = t.lanes, g
@@ -249,21 +251,24 @@ cdef void affine_part(const Job *job, const Part *p, Runs *runs, const Scratch *
         if residual != NULL:
             residual = load_tile(job, &job.residual, &t, <stored *> scratch.y, &row)
         y = target(job, &job.y, &t, <stored *> scratch.y)
+        runs.flow.ahead = job.ahead if x != scratch.x else 0
         affine_runs(x, residual, y, runs, job.activation, like)
         if y == <stored *> scratch.y:
             move(job, &job.y, &t, y, True)
 
 
-cdef void channels_first_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const Scratch *scratch,
-                                const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
+cdef void channels_first_affine(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef Unit u = unit_of(job, task.unit)
     cdef Part p
     cdef Runs runs
     cdef double mean, rstd
     cdef double *each_rstd = rstds(job, known, scratch)
     cdef Py_ssize_t g
     for g in range(u.groups):
-        p = part_of(job, &u, chunk, g)
+        p = part_of(job, &u, task.chunk, g)
         mean = known[PIVOT * u.groups + g]
         rstd = each_rstd[g]
         runs.mean = in_type(mean, like)
@@ -372,9 +377,12 @@ cdef void sums_part(const Job *job, const Part *p, Runs *runs, double *sum, doub
                 sum_channel(x + i * runs.values, dy + i * runs.values, runs.values, mean, runs.mean, sum + c + i, product + c + i)
 
 
-cdef void channels_first_sums(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, const Scratch *scratch,
-                              const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
+cdef void channels_first_sums(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef double *found = task.found
+    cdef Unit u = unit_of(job, task.unit)
     cdef Part p
     cdef Runs runs
     cdef double mean, rstd
@@ -386,7 +394,7 @@ cdef void channels_first_sums(const Job *job, Py_ssize_t unit, Py_ssize_t chunk,
     runs.flow.stream = False
     runs.flow.ahead = 0
     for g in range(u.groups):
-        p = part_of(job, &u, chunk, g)
+        p = part_of(job, &u, task.chunk, g)
         mean = known[PIVOT * u.groups + g]
         rstd = each_rstd[g]
         runs.mean = in_type(mean, like)
@@ -480,6 +488,7 @@ cdef void dx_part(const Job *job, const Unit *u, const Part *p, Runs *runs, cons
     while next_channels(job, p, &t, runs):
         run_gradient(job, &t, runs, scratch, &x, &dy, like)
         dx = target(job, &job.y, &t, <stored *> scratch.y)
+        runs.flow.ahead = job.ahead if x != scratch.x and dy != scratch.dy else 0
         dx_runs(x, dy, dx, runs, like)
         if none or job.mask.data != NULL:
             unmoved(job, u, &t, dy, dx, known, scratch)
@@ -489,9 +498,11 @@ cdef void dx_part(const Job *job, const Unit *u, const Part *p, Runs *runs, cons
             move(job, &job.dresidual, &t, <stored *> dy, True)
 
 
-cdef void channels_first_dx(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const Scratch *scratch,
-                            const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
+cdef void channels_first_dx(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef Unit u = unit_of(job, task.unit)
     cdef const double *slopes = known + slopes_at(job)
     cdef double *shift
     cdef double *each_rstd = rstds(job, known, scratch)
@@ -501,7 +512,7 @@ cdef void channels_first_dx(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, c
     cdef Py_ssize_t g
     cdef bint none
     for g in range(u.groups):
-        p = part_of(job, &u, chunk, g)
+        p = part_of(job, &u, task.chunk, g)
         mean = known[PIVOT * u.groups + g]
         rstd = each_rstd[g]
         none = known[COUNT * u.groups + g] == 0

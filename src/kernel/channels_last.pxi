@@ -53,16 +53,19 @@ cdef struct Lanes:  # of the channels from the first on that are summed together
     double *product
 
 
+cdef void fill_lanes(const Job *job, void *lanes, vec like) noexcept nogil:
+    """Repeat a parameter of each channel for each position that shares a row, and fill up the last vector."""
+    cdef Py_ssize_t size = 4 if vec is floats else 8, row = job.C * size, done = row, all_rows = fold_of(job) * row
+    while done < all_rows:
+        memcpy(<char *> lanes + done, lanes, row)
+        done += row
+    memset(<char *> lanes + done, 0, lanes_of(job) * size - done)
+
+
 cdef void clear_lanes(const Job *job, const Lanes *l, vec like) noexcept nogil:
-    """Clear sums, repeat pivots for each position that shares a row, and fill up the last vector."""
-    cdef Py_ssize_t c, n = lanes_of(job)
-    memset(l.sum, 0, n * sizeof(double))
-    memset(l.product, 0, n * sizeof(double))
-    for c in range(job.C, n):
-        if vec is floats:
-            (<float *> l.pivot)[c] = (<float *> l.pivot)[c - job.C] if c < fold_of(job) * job.C else 0
-        else:
-            (<double *> l.pivot)[c] = (<double *> l.pivot)[c - job.C] if c < fold_of(job) * job.C else 0
+    memset(l.sum, 0, lanes_of(job) * sizeof(double))
+    memset(l.product, 0, lanes_of(job) * sizeof(double))
+    fill_lanes(job, l.pivot, like)
 
 
 cdef void add_positions(const Job *job, const stored *x, const stored *dy, Rows *t, const Lanes *l, Py_ssize_t c, vec like) noexcept nogil:
@@ -245,10 +248,12 @@ cdef bint rows_moments(const Job *job, const Span *whole, double *found, const S
     return vec is doubles or ok
 
 
-cdef void channels_last_moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, const Scratch *scratch,
-                                const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
-    cdef Span t = rows_of(job, &u, chunk)
+cdef void channels_last_moments(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef double *found = task.found
+    cdef Unit u = unit_of(job, task.unit)
+    cdef Span t = rows_of(job, &u, task.chunk)
     cdef Py_ssize_t count = job.S
     if job.mask.data != NULL:
         count = counted(job, t, SMALL, scratch.mask)
@@ -266,7 +271,7 @@ cdef bint lane_parameters(const Job *job, const Span *whole, const double *known
     cdef double *scale = scratch.channels
     cdef double *shift = scratch.channels + job.C + LANES
     cdef double mean, rest, rstd, slope
-    cdef Py_ssize_t g, i, c, n = fold_of(job) * job.C
+    cdef Py_ssize_t g, i
     cdef bint ok = True
     cdef Part p
     t.mean = lane_array(job, scratch, 0)
@@ -292,26 +297,9 @@ cdef bint lane_parameters(const Job *job, const Span *whole, const double *known
             for i in range(p.c, p.c + job.K):
                 put(t.slope, i, -slope, like)
                 put(t.constant, i, slope * rest - rstd * slopes[2 * g], like)
-    for i in range(job.C, n if whole.lanes == job.C else 0):
-        c = i - job.C
-        if vec is floats:
-            (<float *> t.mean)[i] = (<float *> t.mean)[c]
-            (<float *> t.scale)[i] = (<float *> t.scale)[c]
-            (<float *> t.shift)[i] = (<float *> t.shift)[c]
-            (<float *> t.slope)[i] = (<float *> t.slope)[c]
-            (<float *> t.constant)[i] = (<float *> t.constant)[c]
-        else:
-            (<double *> t.mean)[i] = (<double *> t.mean)[c]
-            (<double *> t.scale)[i] = (<double *> t.scale)[c]
-            (<double *> t.shift)[i] = (<double *> t.shift)[c]
-            (<double *> t.slope)[i] = (<double *> t.slope)[c]
-            (<double *> t.constant)[i] = (<double *> t.constant)[c]
-    for i in range(n, lanes_of(job) if whole.lanes == job.C else 0):
-        put(t.mean, i, 0, like)
-        put(t.scale, i, 0, like)
-        put(t.shift, i, 0, like)
-        put(t.slope, i, 0, like)
-        put(t.constant, i, 0, like)
+    if whole.lanes == job.C:
+        for i in range(5):
+            fill_lanes(job, lane_array(job, scratch, i), like)
     return vec is doubles or ok
 
 
@@ -424,10 +412,12 @@ cdef inline Span group_of(const Job *job, const Span *whole, Py_ssize_t g) noexc
     return t
 
 
-cdef void channels_last_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const Scratch *scratch,
-                               const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
-    cdef Span t = rows_of(job, &u, chunk), part
+cdef void channels_last_affine(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef Unit u = unit_of(job, task.unit)
+    cdef Span t = rows_of(job, &u, task.chunk), part
     cdef Py_ssize_t i
     cdef Grid g
     if lane_parameters(job, &t, known, NULL, scratch, &g, like):
@@ -526,10 +516,13 @@ cdef bint sums_chunk(const Job *job, const Span *whole, const double *known, dou
     return all_ok
 
 
-cdef void channels_last_sums(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, const Scratch *scratch,
-                             const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
-    cdef Span t = rows_of(job, &u, chunk)
+cdef void channels_last_sums(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef double *found = task.found
+    cdef Unit u = unit_of(job, task.unit)
+    cdef Span t = rows_of(job, &u, task.chunk)
     cdef double *sums = found + sums_at(job)
     cdef Py_ssize_t g
     for g in range(job.G):
@@ -588,10 +581,12 @@ cdef void dx_chunk(const Job *job, const Unit *u, const Span *whole, Grid *g, co
         t.c += t.lanes
 
 
-cdef void channels_last_dx(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const Scratch *scratch,
-                           const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
-    cdef Span t = rows_of(job, &u, chunk), part
+cdef void channels_last_dx(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef Unit u = unit_of(job, task.unit)
+    cdef Span t = rows_of(job, &u, task.chunk), part
     cdef const double *slopes = known + slopes_at(job)
     cdef Py_ssize_t i
     cdef Grid g

@@ -51,87 +51,47 @@ cdef Scratch scratch_of(const Job *job, char *memory) noexcept nogil:
 
 # ---- the table: each pass for the types of values, and for the two walks ----------------------------
 
+cdef enum:
+    MOMENTS, AFFINE, SUMS, GRADIENT
 
-cdef inline void moments_as(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, double *found, const Scratch *scratch,
-                            const stored *_, vec like) noexcept nogil:
-    if job.channels_last:
-        channels_last_moments(job, unit, chunk, found, scratch, _, like)
+
+cdef inline void staged(int stage, const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef bint last = task.job.channels_last, short = task.job.S < SHORT
+    if stage == MOMENTS:
+        channels_last_moments(task, _, like) if last else channels_first_moments(task, _, like)
+    elif stage == AFFINE:
+        channels_last_affine(task, _, like) if last else short_affine(task, _, like) if short else channels_first_affine(task, _, like)
+    elif stage == SUMS:
+        channels_last_sums(task, _, like) if last else short_sums(task, _, like) if short else channels_first_sums(task, _, like)
     else:
-        channels_first_moments(job, unit, chunk, found, scratch, _, like)
+        channels_last_dx(task, _, like) if last else short_dx(task, _, like) if short else channels_first_dx(task, _, like)
 
 
-cdef void moments(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, const Scratch *scratch) noexcept nogil:
-    if job.x.storage == FLOAT16:
-        moments_as(job, unit, chunk, found, scratch, <const half *> NULL, gn_all_floats(0))
-    elif job.x.storage == BFLOAT16:
-        moments_as(job, unit, chunk, found, scratch, <const bfloat *> NULL, gn_all_floats(0))
-    elif job.x.storage == FLOAT32:
-        moments_as(job, unit, chunk, found, scratch, <const float *> NULL, gn_all_floats(0))
+cdef inline void typed(int stage, const Task *task, Storage storage) noexcept nogil:
+    if storage == FLOAT16:
+        staged(stage, task, <const half *> NULL, gn_all_floats(0))
+    elif storage == BFLOAT16:
+        staged(stage, task, <const bfloat *> NULL, gn_all_floats(0))
+    elif storage == FLOAT32:
+        staged(stage, task, <const float *> NULL, gn_all_floats(0))
     else:
-        moments_as(job, unit, chunk, found, scratch, <const double *> NULL, gn_all_doubles(0))
+        staged(stage, task, <const double *> NULL, gn_all_doubles(0))
 
 
-cdef inline void affine_as(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const Scratch *scratch,
-                           const stored *_, vec like) noexcept nogil:
-    if job.channels_last:
-        channels_last_affine(job, unit, chunk, known, scratch, _, like)
-    elif job.S < SHORT:
-        short_affine(job, unit, chunk, known, scratch, _, like)
-    else:
-        channels_first_affine(job, unit, chunk, known, scratch, _, like)
+cdef void moments(const Task *task) noexcept nogil:
+    typed(MOMENTS, task, task.job.x.storage)
 
 
-cdef void affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, const Scratch *scratch) noexcept nogil:
-    if job.work == FLOAT16:
-        affine_as(job, unit, chunk, known, scratch, <const half *> NULL, gn_all_floats(0))
-    elif job.work == BFLOAT16:
-        affine_as(job, unit, chunk, known, scratch, <const bfloat *> NULL, gn_all_floats(0))
-    elif job.work == FLOAT32:
-        affine_as(job, unit, chunk, known, scratch, <const float *> NULL, gn_all_floats(0))
-    else:
-        affine_as(job, unit, chunk, known, scratch, <const double *> NULL, gn_all_doubles(0))
+cdef void affine(const Task *task) noexcept nogil:
+    typed(AFFINE, task, task.job.work)
 
 
-cdef inline void sums_as(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, const Scratch *scratch,
-                         const stored *_, vec like) noexcept nogil:
-    if job.channels_last:
-        channels_last_sums(job, unit, chunk, known, found, scratch, _, like)
-    elif job.S < SHORT:
-        short_sums(job, unit, chunk, known, found, scratch, _, like)
-    else:
-        channels_first_sums(job, unit, chunk, known, found, scratch, _, like)
+cdef void sums(const Task *task) noexcept nogil:
+    typed(SUMS, task, task.job.work)
 
 
-cdef void sums(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, const Scratch *scratch) noexcept nogil:
-    if job.work == FLOAT16:
-        sums_as(job, unit, chunk, known, found, scratch, <const half *> NULL, gn_all_floats(0))
-    elif job.work == BFLOAT16:
-        sums_as(job, unit, chunk, known, found, scratch, <const bfloat *> NULL, gn_all_floats(0))
-    elif job.work == FLOAT32:
-        sums_as(job, unit, chunk, known, found, scratch, <const float *> NULL, gn_all_floats(0))
-    else:
-        sums_as(job, unit, chunk, known, found, scratch, <const double *> NULL, gn_all_doubles(0))
-
-
-cdef inline void gradient_as(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const Scratch *scratch,
-                             const stored *_, vec like) noexcept nogil:
-    if job.channels_last:
-        channels_last_dx(job, unit, chunk, known, scratch, _, like)
-    elif job.S < SHORT:
-        short_dx(job, unit, chunk, known, scratch, _, like)
-    else:
-        channels_first_dx(job, unit, chunk, known, scratch, _, like)
-
-
-cdef void gradient(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, const Scratch *scratch) noexcept nogil:
-    if job.work == FLOAT16:
-        gradient_as(job, unit, chunk, known, scratch, <const half *> NULL, gn_all_floats(0))
-    elif job.work == BFLOAT16:
-        gradient_as(job, unit, chunk, known, scratch, <const bfloat *> NULL, gn_all_floats(0))
-    elif job.work == FLOAT32:
-        gradient_as(job, unit, chunk, known, scratch, <const float *> NULL, gn_all_floats(0))
-    else:
-        gradient_as(job, unit, chunk, known, scratch, <const double *> NULL, gn_all_doubles(0))
+cdef void gradient(const Task *task) noexcept nogil:
+    typed(GRADIENT, task, task.job.work)
 
 
 cdef Kernel kernel

@@ -169,9 +169,11 @@ cdef void short_affine_tiles(const Job *job, Short *p, Py_ssize_t left, const Sc
         past_values(job, p)
 
 
-cdef void short_affine(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const Scratch *scratch,
-                       const stored *_, vec like) noexcept nogil:
-    cdef Short p = short_of(job, unit, chunk, known, NULL, scratch, like), wide
+cdef void short_affine(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef Short p = short_of(job, task.unit, task.chunk, known, NULL, scratch, like), wide
     cdef Py_ssize_t groups = p.a.groups, values = p.a.values, g
     cdef const stored *residual = NULL
     if (lies_ready(job, &p, &job.x, _) and lies_ready(job, &p, &job.y, _) and lies_ready(job, &p, &job.residual, _) and not job.y.streamed
@@ -268,9 +270,12 @@ cdef void add_by_channel(const Job *job, Py_ssize_t first, Py_ssize_t n, const d
             c += 1
 
 
-cdef void short_sums(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, double *found, const Scratch *scratch,
-                     const stored *_, vec like) noexcept nogil:
-    cdef Short p = short_of(job, unit, chunk, known, NULL, scratch, like)
+cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef double *found = task.found
+    cdef Short p = short_of(job, task.unit, task.chunk, known, NULL, scratch, like)
     cdef Py_ssize_t groups = p.a.groups, values = p.a.values, g, i, left
     cdef double lanes[2 * LANES]
     cdef double *each = scratch.channels
@@ -325,11 +330,13 @@ cdef void short_dx_tiles(const Job *job, const Unit *u, Short *p, Py_ssize_t lef
         past_values(job, p)
 
 
-cdef void short_dx(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const Scratch *scratch,
-                   const stored *_, vec like) noexcept nogil:
-    cdef Unit u = unit_of(job, unit)
+cdef void short_dx(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef const Scratch *scratch = task.scratch
+    cdef const double *known = task.known
+    cdef Unit u = unit_of(job, task.unit)
     cdef const double *slopes = known + slopes_at(job)
-    cdef Short p = short_of(job, unit, chunk, known, slopes, scratch, like), wide
+    cdef Short p = short_of(job, task.unit, task.chunk, known, slopes, scratch, like), wide
     cdef Py_ssize_t groups = p.a.groups, values = p.a.values, g
     cdef bint none = False
     for g in range(groups):
