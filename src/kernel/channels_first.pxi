@@ -488,7 +488,6 @@ cdef void dx_part(const Job *job, const Unit *u, const Part *p, Runs *runs, cons
     while next_channels(job, p, &t, runs):
         run_gradient(job, &t, runs, scratch, &x, &dy, like)
         dx = target(job, &job.y, &t, <stored *> scratch.y)
-        runs.flow.ahead = job.ahead if x != scratch.x and dy != scratch.dy else 0
         dx_runs(x, dy, dx, runs, like)
         if none or job.mask.data != NULL:
             unmoved(job, u, &t, dy, dx, known, scratch)

@@ -56,15 +56,30 @@ cdef enum:
 
 
 cdef inline void staged(int stage, const Task *task, const stored *_, vec like) noexcept nogil:
-    cdef bint last = task.job.channels_last, short = task.job.S < SHORT
-    if stage == MOMENTS:
-        channels_last_moments(task, _, like) if last else channels_first_moments(task, _, like)
+    cdef bint narrow = task.job.S < SHORT
+    if task.job.channels_last:
+        if stage == MOMENTS:
+            channels_last_moments(task, _, like)
+        elif stage == AFFINE:
+            channels_last_affine(task, _, like)
+        elif stage == SUMS:
+            channels_last_sums(task, _, like)
+        else:
+            channels_last_dx(task, _, like)
+    elif stage == MOMENTS:
+        channels_first_moments(task, _, like)
+    elif narrow and stage == AFFINE:
+        short_affine(task, _, like)
+    elif narrow and stage == SUMS:
+        short_sums(task, _, like)
+    elif narrow:
+        short_dx(task, _, like)
     elif stage == AFFINE:
-        channels_last_affine(task, _, like) if last else short_affine(task, _, like) if short else channels_first_affine(task, _, like)
+        channels_first_affine(task, _, like)
     elif stage == SUMS:
-        channels_last_sums(task, _, like) if last else short_sums(task, _, like) if short else channels_first_sums(task, _, like)
+        channels_first_sums(task, _, like)
     else:
-        channels_last_dx(task, _, like) if last else short_dx(task, _, like) if short else channels_first_dx(task, _, like)
+        channels_first_dx(task, _, like)
 
 
 cdef inline void typed(int stage, const Task *task, Storage storage) noexcept nogil:
