@@ -23,15 +23,13 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 else:
     ISA = {"baseline": []}
 
-# The same bits from every compiler and level: no contraction to FMA, and none of -ffast-math. What no
-# result depends on, errno and floating-point traps, is given up: loops with a square root or a select
-# vectorise then.
+# The same bits from every compiler and level: no contraction to FMA but where the source says so, and none of
+# -ffast-math. Traps are respected: nothing is computed that is not asked for. errno, which nobody reads, is given up.
 FLAGS = [
     "-O3",
     "-g0",  # it takes a third of the time and most of the size of a kernel
     "-ffp-contract=off",
     "-fno-math-errno",
-    "-fno-trapping-math",
     "-Wall",
     "-Wno-unused-function",  # of fused types not every combination is asked for
 ]

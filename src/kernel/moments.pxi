@@ -137,15 +137,16 @@ cdef void take_moments(const Job *job, Py_ssize_t unit, double *known, const Scr
 
 
 cdef inline void rstds_of(const Job *job, const double *known, Py_ssize_t groups, double *rstd) noexcept nogil:
-    """Of all groups of a unit, DOUBLES at a time; `rstd` has room for as many more."""
+    """Of all groups of a unit, DOUBLES at a time."""
     cdef doubles one = gn_all_doubles(1), eps = gn_all_doubles(job.eps), count, m2
-    cdef Py_ssize_t g, k, n
-    for k in range((groups + DOUBLES - 1) // DOUBLES):
+    cdef Py_ssize_t g, k
+    for k in range(groups // DOUBLES):
         g = k * DOUBLES
-        n = min(DOUBLES, groups - g)
-        count = most(one, some_of(known + COUNT * groups + g, n, one))
-        m2 = some_of(known + M2 * groups + g, n, one)
+        count = most(one, gn_doubles_of_double(known + COUNT * groups + g))
+        m2 = gn_doubles_of_double(known + M2 * groups + g)
         gn_doubles_to_double(rstd + g, one / gn_sqrt_doubles(m2 / count + eps), False)
+    for g in range(groups - groups % DOUBLES, groups):
+        rstd[g] = rstd_of(job, known, groups, g)
 
 
 cdef inline double rstd_of(const Job *job, const double *known, Py_ssize_t groups, Py_ssize_t g) noexcept nogil:

@@ -304,7 +304,8 @@ cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil
             if job.S == 1:
                 add_short(x, dy, p.a.values, p.a.weight, known[PIVOT * groups + g], p.rstd[g], dbias + p.i, dweight + p.i, lanes)
             else:
-                memset(each, 0, 2 * SHORT_TILE * sizeof(double))
+                memset(each, 0, p.a.values * sizeof(double))
+                memset(each + SHORT_TILE, 0, p.a.values * sizeof(double))
                 add_short(x, dy, p.a.values, p.a.weight, known[PIVOT * groups + g], p.rstd[g], each, each + SHORT_TILE, lanes)
                 add_by_channel(job, p.i, p.a.values, each, dbias)
                 add_by_channel(job, p.i, p.a.values, each + SHORT_TILE, dweight)
@@ -312,7 +313,7 @@ cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil
         gn_total(lanes, &slopes[2 * g], &slopes[2 * g + 1])
 
 
-cdef void short_dx_tiles(const Job *job, const Unit *u, Short *p, Py_ssize_t left, bint none, const double *known, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void short_dx_tiles(const Job *job, const Unit *u, Short *p, Py_ssize_t left, const double *known, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
     """One group."""
     cdef const stored *x
     cdef const stored *dy
@@ -321,7 +322,7 @@ cdef void short_dx_tiles(const Job *job, const Unit *u, Short *p, Py_ssize_t lef
         short_gradient_tile(job, p, scratch, &x, &dy, like)
         dx = target(job, &job.y, &p.t, <stored *> scratch.y)
         dx_values(x, dy, dx, &p.a, like)
-        if none or job.mask.data != NULL:
+        if known[COUNT * u.groups + p.t.c // job.K - u.first] == 0 or job.mask.data != NULL:
             unmoved(job, u, &p.t, dy, dx, known, scratch)
         if dx == <stored *> scratch.y:
             move(job, &job.y, &p.t, dx, True)
@@ -351,10 +352,10 @@ cdef void short_dx(const Task *task, const stored *_, vec like) noexcept nogil:
         set_group(job, &p, g, 1, values)
         none = known[COUNT * groups + g] == 0
         if vec is doubles or (not none and comfortable(p.mean[g]) and 2.0 ** -40 < p.rstd[g] < 2.0 ** 40 and abs(p.slope[g]) < 2.0 ** 100):
-            short_dx_tiles(job, &u, &p, values, none, known, scratch, _, like)
+            short_dx_tiles(job, &u, &p, values, known, scratch, _, like)
         else:
             wide = p
             widen_group(&wide, known, groups, g, slopes)
-            short_dx_tiles(job, &u, &wide, values, none, known, scratch, <const double *> NULL, gn_all_doubles(0))
+            short_dx_tiles(job, &u, &wide, values, known, scratch, <const double *> NULL, gn_all_doubles(0))
             p.i += values
             forward(job, &p.t, values)
