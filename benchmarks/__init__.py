@@ -1,1 +1,1 @@
-"""How fast gn_fast is: beside a copy of the same bytes, beside other libraries, beside itself."""
+"""How fast gn_fast is: beside a copy of the bytes and the practical limit, other libraries, and itself."""

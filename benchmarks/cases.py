@@ -56,9 +56,13 @@ CASES = (
     Case("vae-256", "Stable Diffusion, decoder at 256 x 256", (1, 256, 256, 256), 32),
     Case("unet-3d", "3-D U-Net", (1, 32, 96, 96, 96), 8),
     Case("volume", "3-D U-Net, a whole volume", (1, 16, 160, 160, 160), 4),
+    Case("ddpm-16", "DDPM, U-Net at 16 x 16", (8, 256, 16, 16), 32),
+    Case("ddpm-8", "DDPM, U-Net at 8 x 8", (8, 512, 8, 8), 32),
+    Case("ddpm-4", "DDPM, U-Net at 4 x 4", (16, 512, 4, 4), 32),
     Case("wav2vec2", "wav2vec 2.0, first layer", (8, 512, 16000), 512),
     Case("one-group", "one sample in one group", (1, 64, 128, 128), 1),
     Case("layer-norm", "layer normalization of a transformer's tokens", (4096, 768), 1),
+    Case("groups-2d", "features without positions, in groups", (4096, 256), 16),
     Case("tiny", "the cost of a call", (1, 32, 8, 8), 8),
 )
 
@@ -69,8 +73,10 @@ MODES = (
     Mode("channels-last", "forward, channels last", channels_last=True),
     Mode("float16", "forward in float16", dtype="float16"),
     Mode("bfloat16", "forward in bfloat16", dtype="bfloat16"),
+    Mode("bfloat16-silu", "forward in bfloat16 with SiLU", dtype="bfloat16", activation="silu"),
     Mode("float64", "forward in float64", dtype="float64"),
     Mode("backward", "backward, out= reused", backward=True),
+    Mode("channels-last-backward", "backward, channels last, out= reused", channels_last=True, backward=True),
 )
 
 

@@ -1,8 +1,9 @@
 /* What group normalization takes at least.  limit.py compiles it.
 
    `copy` moves the bytes, with no arithmetic on the way.  The others are the practical limit: the two sweeps, sums then
-   apply, without any care for accuracy (mean(x * x) - mean * mean), bits, options or strides.  Most can be done in several
-   ways, of which the fastest counts: with non-temporal stores (`streamed`), or by all threads on each slab (`together`). */
+   apply, without any care for accuracy (mean(x * x) - mean * mean), bits, options or strides.  Most can be done in
+   several ways, of which the fastest counts: with non-temporal stores (`streamed`), or each slab by all threads
+   (`together`).  Every number that Python hands over is a size_t. */
 #include <math.h>
 #include <omp.h>
 #include <stddef.h>
@@ -75,7 +76,8 @@ static void move(char *out, const char *x, const char *dy, size_t bytes, int str
 
 /* out = x, or x ^ dy, by equal shares of the threads.  With `twice` everything is read a first time, slab by slab,
    and moved from its end, which is then still in a cache. */
-void copy(char *out, const char *x, const char *dy, size_t slab, size_t slabs, int twice, int streamed, int threads)
+void copy(char *out, const char *x, const char *dy, size_t slab, size_t slabs, size_t twice, size_t streamed,
+          size_t threads)
 {
 #pragma omp parallel num_threads(threads)
     {
@@ -106,16 +108,15 @@ typedef struct { float v, vx; } sums; /* the sums of v and of v * x */
 
 static inline sums sum(const float *restrict v, const float *restrict x, size_t n)
 {
-    enum { WIDTH = 4 * LANES };
-    float a[WIDTH] = {0}, b[WIDTH] = {0};
     sums all = {0, 0};
     size_t i = 0;
-    if (n >= 4 * WIDTH)
-        for (; i + WIDTH <= n; i += WIDTH)
-            for (int j = 0; j < WIDTH; j++) { a[j] += v[i + j]; b[j] += v[i + j] * x[i + j]; }
+    if (n >= 256) {
+        float a[4 * LANES] = {0}, b[4 * LANES] = {0};
+        for (; i + 4 * LANES <= n; i += 4 * LANES)
+            for (int j = 0; j < 4 * LANES; j++) { a[j] += v[i + j]; b[j] += v[i + j] * x[i + j]; }
+        for (int j = 0; j < 4 * LANES; j++) { all.v += a[j]; all.vx += b[j]; }
+    }
     for (; i < n; i++) { all.v += v[i]; all.vx += v[i] * x[i]; }
-    if (n >= 4 * WIDTH)
-        for (int j = 0; j < WIDTH; j++) { all.v += a[j]; all.vx += b[j]; }
     return all;
 }
 
@@ -136,8 +137,9 @@ static inline float swish(float z)
     return z / (1 + power.value * series);
 }
 
-/* y = v * a + x * b + c, or v * a + c without x */
-static inline void apply(float *y, const float *v, const float *x, size_t n, float a, float b, float c, int silu, int streamed)
+/* y = v * a + x * b + c, or v * a + c without x, or SiLU of that */
+static inline void apply(float *restrict y, const float *restrict v, const float *restrict x, size_t n, float a,
+                         float b, float c, int silu, int streamed)
 {
     size_t i = 0, head = before(y, sizeof *y, n, streamed);
     if (silu) {
@@ -153,45 +155,45 @@ static inline void apply(float *y, const float *v, const float *x, size_t n, flo
 }
 
 /* The same of values with a weight and a bias each */
-static inline void apply_each(float *y, const float *v, size_t n, float mean, float rstd, const float *w, const float *b, int silu)
+static inline void apply_each(float *restrict y, const float *restrict v, size_t n, float mean, float rstd,
+                              const float *restrict w, const float *restrict b, int silu)
 {
     if (silu) for (size_t i = 0; i < n; i++) y[i] = swish((v[i] - mean) * rstd * w[i] + b[i]);
     else for (size_t i = 0; i < n; i++) y[i] = (v[i] - mean) * rstd * w[i] + b[i];
 }
 
-/* The values from `at`, as float32: where they are, or in the buffer. */
-static inline const float *widened(const void *x, size_t at, size_t n, int dtype, float *restrict buffer)
+/* The values from `at`, as float32: where they are, or in the buffer. The last vector overlaps the one before. */
+static inline const float *widened(const char *x, size_t at, size_t n, int dtype, float *restrict buffer)
 {
-    if (dtype == FLOAT32) return (const float *) x + at;
     const uint16_t *h = (const uint16_t *) x + at;
-    size_t i = 0;
-    if (dtype == FLOAT16) {
-        for (; i + LANES <= n; i += LANES) *(floats *) (buffer + i) = WIDEN(h + i);
-        if (i < n) {
-            uint16_t rest[LANES] = {0};
-            for (size_t j = i; j < n; j++) rest[j - i] = h[j];
-            *(floats *) (buffer + i) = WIDEN(rest);
-        }
-    } else
-        for (; i < n; i++) ((uint32_t *) buffer)[i] = (uint32_t) h[i] << 16;
+    uint16_t few[LANES] = {0};
+    if (dtype == FLOAT32) return (const float *) x + at;
+    if (dtype == BFLOAT16)
+        for (size_t i = 0; i < n; i++) ((uint32_t *) buffer)[i] = (uint32_t) h[i] << 16;
+    else if (n < LANES)
+        *(floats *) buffer = WIDEN(memcpy(few, h, 2 * n));
+    else {
+        for (size_t i = 0; i + LANES < n; i += LANES) *(floats *) (buffer + i) = WIDEN(h + i);
+        *(floats *) (buffer + n - LANES) = WIDEN(h + n - LANES);
+    }
     return buffer;
 }
 
 static inline void narrow(uint16_t *restrict y, const float *restrict buffer, size_t n, int dtype)
 {
-    size_t i = 0;
-    if (dtype == FLOAT16) {
-        for (; i + LANES <= n; i += LANES) NARROW(y + i, *(const floats *) (buffer + i));
-        if (i < n) {
-            uint16_t rest[LANES];
-            NARROW(rest, *(const floats *) (buffer + i));
-            for (size_t j = i; j < n; j++) y[j] = rest[j - i];
-        }
-    } else
-        for (; i < n; i++) {
+    uint16_t few[LANES];
+    if (dtype == BFLOAT16)
+        for (size_t i = 0; i < n; i++) {
             uint32_t value = ((const uint32_t *) buffer)[i];
             y[i] = (value + 0x7FFF + (value >> 16 & 1)) >> 16;
         }
+    else if (n < LANES) {
+        NARROW(few, *(const floats *) buffer);
+        memcpy(y, few, 2 * n);
+    } else {
+        for (size_t i = 0; i + LANES < n; i += LANES) NARROW(y + i, *(const floats *) (buffer + i));
+        NARROW(y + n - LANES, *(const floats *) (buffer + n - LANES));
+    }
 }
 
 /* What one thread does: channels [c0, c1) of slabs [i0, i1). */
@@ -217,48 +219,66 @@ static sums gathered(sums mine, sums *parts, size_t slab, int together)
     return mine;
 }
 
-/* Slabs of k channels of s values. */
-void forward(void *y, const void *x, size_t slabs, size_t k, size_t s, size_t groups, const float *w, const float *b,
-             int dtype, int silu, int streamed, int together, int threads)
+/* What one thread does of slabs of k channels of s values; compiled for each dtype apart. */
+static inline __attribute__((always_inline)) void part_of_forward(
+    char *y, const char *x, size_t slabs, size_t k, size_t s, size_t groups, const float *w, const float *b, int dtype,
+    int silu, int streamed, int together, sums *parts)
+{
+    float buffer[s == 1 && k > BUFFER ? k : BUFFER], mean, rstd;
+    share my = shared(slabs, k, together);
+    size_t n = (my.c1 - my.c0) * s, piece = dtype == FLOAT32 ? k * s : BUFFER;
+    for (size_t i = my.i0; i < my.i1; i++) {
+        const float *weight = w + i % groups * k, *bias = b + i % groups * k;
+        if (s == 1) { /* every value has its own weight */
+            const float *v = widened(x, i * k, k, dtype, buffer);
+            float *out = dtype == FLOAT32 ? (float *) y + i * k : buffer;
+            moments(sum(v, v, k), k, &mean, &rstd);
+            apply_each(out, v, k, mean, rstd, weight, bias, silu);
+            if (dtype != FLOAT32) narrow((uint16_t *) y + i * k, out, k, dtype);
+            continue;
+        }
+        sums all = {0, 0};
+        for (size_t from = 0, m; from < n; from += m) {
+            m = n - from < piece ? n - from : piece;
+            const float *v = widened(x, (i * k + my.c0) * s + from, m, dtype, buffer);
+            sums one = sum(v, v, m);
+            all.v += one.v;
+            all.vx += one.vx;
+        }
+        moments(gathered(all, parts, i, together), k * s, &mean, &rstd);
+        for (size_t j = my.c0; j < my.c1; j++)
+            for (size_t from = 0, m; from < s; from += m) {
+                size_t c = together ? my.c0 + my.c1 - 1 - j : j; /* from the end, which is still in a cache */
+                size_t at = (i * k + c) * s + from;
+                m = s - from < piece ? s - from : piece;
+                const float *v = widened(x, at, m, dtype, buffer);
+                float *out = dtype == FLOAT32 ? (float *) y + at : buffer, scale = rstd * weight[c];
+                apply(out, v, NULL, m, scale, 0, bias[c] - mean * scale, silu, streamed);
+                if (dtype != FLOAT32) narrow((uint16_t *) y + at, out, m, dtype);
+            }
+    }
+    _mm_sfence();
+}
+
+void forward(char *y, const char *x, size_t slabs, size_t k, size_t s, size_t groups, const float *w, const float *b,
+             size_t dtype, size_t silu, size_t streamed, size_t together, size_t threads)
 {
     sums parts[2 * threads];
-    size_t piece = dtype == FLOAT32 ? k * s : BUFFER;
 #pragma omp parallel num_threads(threads)
     {
-        float buffer[BUFFER + LANES];
-        share my = shared(slabs, k, together);
-        for (size_t i = my.i0; i < my.i1; i++) {
-            sums all = {0, 0};
-            size_t first = (i * k + my.c0) * s, n = (my.c1 - my.c0) * s, g = i % groups * k;
-            for (size_t at = 0; at < n; at += piece) {
-                size_t m = n - at < piece ? n - at : piece;
-                const float *v = widened(x, first + at, m, dtype, buffer);
-                sums one = sum(v, v, m);
-                all.v += one.v; all.vx += one.vx;
-            }
-            float mean, rstd;
-            moments(gathered(all, parts, i, together), k * s, &mean, &rstd);
-            /* Without positions the channels are one run, each value with a weight of its own. */
-            size_t length = s == 1 ? k : s;
-            for (size_t j = my.c0; j < (s == 1 ? 1 : my.c1); j++)
-                for (size_t from = 0, m; from < length; from += m) {
-                    size_t c = together ? my.c0 + my.c1 - 1 - j : j; /* from the end, which is still in a cache */
-                    size_t at = (i * k + c) * s + from;
-                    m = length - from < piece ? length - from : piece;
-                    const float *v = widened(x, at, m, dtype, buffer);
-                    float *out = dtype == FLOAT32 ? (float *) y + at : buffer;
-                    if (s == 1) apply_each(out, v, m, mean, rstd, w + g + from, b + g + from, silu);
-                    else apply(out, v, NULL, m, rstd * w[g + c], 0, b[g + c] - mean * rstd * w[g + c], silu, streamed);
-                    if (dtype != FLOAT32) narrow((uint16_t *) y + at, out, m, dtype);
-                }
-        }
-        _mm_sfence();
+        if (dtype == FLOAT32)
+            part_of_forward(y, x, slabs, k, s, groups, w, b, FLOAT32, silu, streamed, together, parts);
+        else if (dtype == FLOAT16)
+            part_of_forward(y, x, slabs, k, s, groups, w, b, FLOAT16, silu, 0, together, parts);
+        else
+            part_of_forward(y, x, slabs, k, s, groups, w, b, BFLOAT16, silu, 0, together, parts);
     }
 }
 
 /* The gradient of slabs of k channels of s values; a row of dw and db for each sample. */
-void backward(float *dx, const float *dy, const float *x, size_t slabs, size_t k, size_t s, size_t groups, const float *w,
-              const float *mean, const float *rstd, float *dw, float *db, int streamed, int together, int threads)
+void backward(float *dx, const float *dy, const float *x, size_t slabs, size_t k, size_t s, size_t groups,
+              const float *w, const float *mean, const float *rstd, float *dw, float *db, size_t streamed,
+              size_t together, size_t threads)
 {
     sums parts[2 * threads];
 #pragma omp parallel num_threads(threads)
@@ -297,7 +317,8 @@ void backward(float *dx, const float *dy, const float *x, size_t slabs, size_t k
 /* ---- the two sweeps, channels last --------------------------------------------------------------------------- */
 
 /* Add rows of v and of v * x to sums of n channels, eight rows in one go. */
-static void add_rows(float *restrict a, float *restrict b, const float *restrict v, const float *restrict x, size_t rows, size_t n)
+static void add_rows(float *restrict a, float *restrict b, const float *restrict v, const float *restrict x,
+                     size_t rows, size_t n)
 {
     size_t r = 0;
     for (; r + 8 <= rows; r += 8, v += 8 * n, x += 8 * n)
@@ -313,7 +334,8 @@ static void add_rows(float *restrict a, float *restrict b, const float *restrict
 }
 
 /* y = v * a + b, four rows in one go. */
-static void apply_rows(float *restrict y, const float *restrict v, const float *restrict a, const float *restrict b, size_t rows, size_t n)
+static void apply_rows(float *restrict y, const float *restrict v, const float *restrict a, const float *restrict b,
+                       size_t rows, size_t n)
 {
     size_t r = 0;
     for (; r + 4 <= rows; r += 4, v += 4 * n, y += 4 * n)
@@ -327,7 +349,7 @@ static void apply_rows(float *restrict y, const float *restrict v, const float *
 
 /* Samples of s rows of `channels`; together, the threads share the rows. */
 void forward_last(float *y, const float *x, size_t samples, size_t channels, size_t s, size_t groups, const float *w,
-                  const float *b, int together, int threads)
+                  const float *b, size_t together, size_t threads)
 {
     size_t k = channels / groups;
     float parts[2][threads][2][channels];

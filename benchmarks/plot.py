@@ -1,4 +1,4 @@
-"""The plot: speed as a share of the limit, for each case, ours beside the peers."""
+"""The plot: speed as a share of a copy, for each case, ours beside the practical limit and the peers."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,15 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .contenders import PEERS
+from .contenders import AS_IT_COMES, COPY, LIMIT, OURS, PEERS, TUNED
 from .results import Result
 
 # The palette of Okabe and Ito (2008), which the colour-blind can tell apart; the markers tell in print.
 STYLES = {
-    "gn_fast": ("#D55E00", "o"),
-    "PyTorch": ("#0072B2", "s"),
+    OURS: ("#D55E00", "o"),
+    LIMIT: ("#555555", "|"),
+    TUNED: ("#0072B2", "s"),
+    AS_IT_COMES: ("#56B4E9", "s"),
     "ONNX Runtime": ("#009E73", "^"),
     "JAX": ("#CC79A7", "D"),
     "NumPy": ("#000000", "x"),
@@ -28,7 +30,7 @@ def draw(panels: list[list[Result]], path: Path) -> None:
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axis, results in zip(axes[0], panels, strict=True):
         _panel(axis, results)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.supxlabel("speed as a share of a copy of the same bytes (logarithmic)", fontsize="medium")
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
@@ -36,16 +38,16 @@ def draw(panels: list[list[Result]], path: Path) -> None:
 
 def _panel(axis: Any, results: list[Result]) -> None:
     names = [result.case.name for result in results]
-    for zorder, contender in enumerate((*PEERS, "gn_fast"), start=3):
+    for depth, contender in enumerate((OURS, LIMIT, *PEERS)):
         colour, marker = STYLES[contender]
         points = [
-            (result.share(result.ours if contender == "gn_fast" else contender), result.case.name)
+            (result.ratio(COPY, result.ours if contender == OURS else contender), result.case.name)
             for result in results
             if contender in result.seconds
         ]
         if points:
             shares, cases = zip(*points, strict=True)
-            axis.plot(shares, cases, marker, color=colour, label=contender, markersize=6, zorder=zorder)
+            axis.plot(shares, cases, marker, color=colour, label=contender, markersize=6, zorder=9 - depth)
     axis.set_yticks(range(len(names)), names)
     axis.set_title(results[0].mode.title, fontsize="medium")
     axis.set_xscale("log")

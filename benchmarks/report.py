@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .cases import CASES, MODES, Case, Mode, add_choice
 from .compare import HERE, compare
-from .contenders import OURS, PEERS
+from .contenders import AS_IT_COMES, COPY, OURS, PEERS
 from .plot import draw
 from .results import Result, describe, machine, measure, summary, table
 from .timing import spread
@@ -30,12 +30,20 @@ QUIET = 1.25  # a spread above it says that the machine was busy with something 
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 HOW = """\
-Each row is a race of interleaved rounds in one process. Ratios are of minima. The spread is the third
-quartile of the times over their minimum, the larger one of gn_fast's and the copy's. *Copy* is the same bytes
-moved by as many threads without any arithmetic, with plain or with non-temporal stores, whichever is faster:
-x is read and y is written; where a slab is larger than a core's level 2 cache, x is read twice. Backward, x
-and dy are read and dx is written. Every result was checked before it was timed. gn_fast writes to a reused
-`out=` unless the title says otherwise; the others return new arrays.
+Each row is a race of interleaved rounds. Ratios are of minima. The spread is the third quartile of the times
+over their minimum, the larger one of gn_fast's and the copy's. Every result was checked before it was timed.
+gn_fast writes to a reused `out=` unless the title says otherwise; the others return new arrays.
+
+*Copy* is the same bytes moved by as many threads without any arithmetic, with plain or with non-temporal
+stores, whichever is faster: x is read and y is written; where a slab is larger than a core's level 2 cache, x
+is read twice. Backward, x and dy are read and dx is written. *Practical limit* is the two sweeps, sums then
+apply, in C without any care for accuracy, bits, options or strides, in the fastest of several ways.
+
+*PyTorch (tuned)* keeps the memory of its results for the next ones, as all other contenders may in its
+process: there `mallopt` set glibc's M_MMAP_MAX to 0, M_TRIM_THRESHOLD to 2 GiB and M_TOP_PAD to 64 MiB.
+*PyTorch (as it comes)*, in a process of its own, has large results mapped anew at every call; what it takes
+longer are page faults, not kernels, so whatever is claimed is claimed of the tuned one. Fresh results of
+gn_fast are also made in that process, without the tuning.
 """
 
 
@@ -49,7 +57,7 @@ def main() -> None:
     )
     parser.add_argument("--readme", action="store_true", help="put plot and table into README.md")
     parser.add_argument("--compare", metavar="REV", help="race another revision instead")
-    peers = {name.lower().replace("pytorch", "torch").replace(" ", ""): name for name in PEERS}
+    peers = {peer.__name__: name for name, peer in PEERS.items() if name != AS_IT_COMES}
     parser.add_argument("--against", choices=peers, help="race it alone; exit with 1 if it ever is faster")
     options = parser.parse_args()
     problems = [(case, mode) for mode in options.modes for case in options.cases if mode.suits(case)]
@@ -63,10 +71,10 @@ def main() -> None:
         print_comparison(options.compare, problems, options.rounds)
     elif options.against:
         peer = peers[options.against]
-        results = [measure(*problem, options.rounds, (OURS, peer)) for problem in progress(problems)]
+        results = measure(progress(problems), options.rounds, (OURS, peer))
         sys.exit(not all([print_duel(result, peer) for result in results]))
     else:
-        results = [measure(*problem, options.rounds) for problem in progress(problems)]
+        results = list(measure(progress(problems), options.rounds))
         report(results, folder, options.readme)
 
 
@@ -87,7 +95,7 @@ def report(results: list[Result], folder: Path | None, readme: bool) -> None:
     ]
     text = "\n\n".join(["# The speed of gn_fast", describe(where), HOW.strip(), *sections]) + "\n"
     print(text)
-    noisy = sum(result.spread(result.ours, result.limit) > QUIET for result in results)
+    noisy = sum(result.spread(result.ours, COPY) > QUIET for result in results)
     if noisy:
         print(f"noise: in {noisy} of {len(results)} races the spread is above {QUIET}", file=sys.stderr)
     if folder is None:
@@ -120,7 +128,7 @@ def print_duel(result: Result, peer: str) -> bool:
     title = f"{result.mode}, {result.case} {result.case.shape}/{result.case.num_groups}"
     if peer in result.absent:
         raise SystemExit(f"{title}: no {peer}: {result.absent[peer]}")
-    ratio = result.over_ours(peer)
+    ratio = result.ratio(peer, OURS)
     print(f"{title}: {peer} / gn_fast = {ratio:.2f} (spread {result.spread(OURS, peer):.2f})")
     return ratio >= 1
 

@@ -2,7 +2,9 @@
 
 import os
 import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from statistics import geometric_mean
 from typing import Any
@@ -12,9 +14,10 @@ import cpuinfo
 import gn_fast
 
 from .cases import Case, Mode
-from .contenders import CONTENDERS, FRESH, LIMITS, OURS, PEERS, enter
+from .contenders import AS_IT_COMES, CONTENDERS, COPY, FRESH, LIMIT, OURS, PEERS, TUNED, UNTUNED, enter
 from .problem import Problem
 from .timing import race, spread, turn
+from .worker import Worker, tune_malloc
 
 
 @dataclass
@@ -30,40 +33,33 @@ class Result:
     def ours(self) -> str:
         return FRESH if self.mode.fresh and FRESH in self.seconds else OURS
 
-    @property
-    def peers(self) -> list[str]:
-        return [name for name in PEERS if name in self.seconds]
-
-    def best(self, name: str) -> float:
-        return min(self.seconds[name])
-
-    @property
-    def limit(self) -> str:
-        """The best of the copies."""
-        return min((name for name in LIMITS if name in self.seconds), key=self.best)
-
-    def over_limit(self) -> float:
-        """Ours over the limit: 1 is as fast as a copy."""
-        return self.best(self.ours) / self.best(self.limit)
-
-    def over_ours(self, name: str) -> float:
-        """Another's time over ours: how many times faster we are."""
-        return self.best(name) / self.best(self.ours)
-
-    def share(self, name: str) -> float:
-        """Speed as a share of the limit."""
-        return self.best(self.limit) / self.best(name)
+    def ratio(self, name: str, other: str) -> float | None:
+        """One's time over another's, if both took part."""
+        if name not in self.seconds or other not in self.seconds:
+            return None
+        return min(self.seconds[name]) / min(self.seconds[other])
 
     def spread(self, *names: str) -> float:
-        """The larger one of these contenders."""
+        """The largest one of these contenders."""
         return max(spread(self.seconds[name]) for name in names)
 
 
-def measure(case: Case, mode: Mode, rounds: int, names: tuple[str, ...] = tuple(CONTENDERS)) -> Result:
-    """Check, then time, everyone who takes part."""
-    calls, absent = enter(Problem(case, mode), names)
-    turns = {name: lambda call=call: turn(call) for name, call in calls.items()}
-    return Result(case, mode, race(turns, rounds), absent)
+def measure(
+    problems: Iterable[tuple[Case, Mode]], rounds: int, names: Sequence[str] = tuple(CONTENDERS)
+) -> Iterator[Result]:
+    """Check, then time, everyone who takes part: here, with a tuned allocator, or in a worker without."""
+    tune_malloc()
+    there = [name for name in names if name in UNTUNED]
+    here = [name for name in names if name not in UNTUNED]
+    with Worker() as worker:
+        for case, mode in problems:
+            calls, absent = enter(Problem(case, mode), here)
+            turns = {name: partial(turn, call) for name, call in calls.items()}
+            if there:
+                taking_part, reasons, _ = worker.enter(case, mode, there)
+                turns |= {name: partial(worker.turn, name) for name in taking_part}
+                absent |= reasons
+            yield Result(case, mode, race(turns, rounds), absent)
 
 
 # ---- what is said ----------------------------------------------------------------------------------------
@@ -72,9 +68,10 @@ def measure(case: Case, mode: Mode, rounds: int, names: tuple[str, ...] = tuple(
 def table(results: list[Result]) -> str:
     """The cases of one mode as a Markdown table."""
     peers = [name for name in PEERS if any(name in result.seconds for result in results)]
+    over = [f"{OURS} / {name}" for name in (COPY, LIMIT)]
     rows = [
-        ["case", "shape", "groups", "gn_fast / copy", "spread", *(f"{name} / gn_fast" for name in peers)],
-        ["---", "---", *["---:"] * (3 + len(peers))],
+        ["case", "shape", "groups", *over, "spread", *(f"{name} / {OURS}" for name in peers)],
+        ["---", "---", *["---:"] * (4 + len(peers))],
     ]
     for result in results:
         rows.append(
@@ -82,38 +79,58 @@ def table(results: list[Result]) -> str:
                 result.case.model,
                 " x ".join(map(str, result.case.shape)),
                 str(result.case.num_groups),
-                f"{result.over_limit():.2f}",
-                f"{result.spread(result.ours, result.limit):.2f}",
-                *(f"{result.over_ours(name):.1f}" if name in result.seconds else "" for name in peers),
+                *(_number(result.ratio(result.ours, name)) for name in (COPY, LIMIT)),
+                f"{result.spread(result.ours, COPY):.2f}",
+                *(_number(result.ratio(name, result.ours)) for name in peers),
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def _number(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+
+
 def summary(results: list[Result]) -> str:
     """Geometric means and worst cases of one mode, and who is missing."""
-    ratios = {"gn_fast / copy (less is better)": [(r.over_limit(), r.case.name) for r in results]}
-    if FRESH in results[0].seconds:
-        ratios["fresh / out= (less is better)"] = [(1 / r.over_ours(OURS), r.case.name) for r in results]
-    for name in PEERS:
-        found = [(r.over_ours(name), r.case.name) for r in results if name in r.seconds]
-        if found:
-            ratios[f"{name} / gn_fast"] = found
-    fastest = [(min(map(r.over_ours, r.peers)), r.case.name) for r in results if r.peers]
-    if fastest:
-        ratios["fastest peer / gn_fast"] = fastest
-    lines = []
-    for what, values in ratios.items():
-        worst, case = max(values) if "less" in what else min(values)
-        mean = geometric_mean([value for value, _ in values])
-        lines.append(f"- {what}: geometric mean {mean:.2f}, worst {worst:.2f} ({case})")
-    for name in PEERS:
+    less = " (less is better)"
+    lines = [
+        _line(f"{OURS} / {COPY}{less}", results, lambda r: r.ratio(r.ours, COPY), max),
+        _line(f"{OURS} / {LIMIT}{less}", results, lambda r: r.ratio(r.ours, LIMIT), max),
+        _line(f"fresh / out={less}", results, lambda r: r.ratio(FRESH, OURS), max),
+        *(
+            _line(f"{name} / {OURS}", results, lambda r, name=name: r.ratio(name, r.ours), min)
+            for name in PEERS
+        ),
+        _line(f"page faults: {AS_IT_COMES} / {TUNED}", results, lambda r: r.ratio(AS_IT_COMES, TUNED), max),
+        _line(f"fastest peer but {AS_IT_COMES} / {OURS}", results, fastest_peer, min),
+    ]
+    for name in (LIMIT, *PEERS):
         reasons = {result.case.name: result.absent[name] for result in results if name in result.absent}
         for reason in sorted(set(reasons.values())):
             cases = [case for case in reasons if reasons[case] == reason]
             where = "" if len(cases) == len(results) else f" ({', '.join(cases)})"
             lines.append(f"- without {name}{where}: {reason}")
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines))
+
+
+def fastest_peer(result: Result) -> float | None:
+    ratios = [result.ratio(name, result.ours) for name in PEERS if name != AS_IT_COMES]
+    return min((ratio for ratio in ratios if ratio is not None), default=None)
+
+
+def _line(
+    what: str,
+    results: list[Result],
+    ratio: Callable[[Result], float | None],
+    worst: Callable[[Iterable[tuple[float, str]]], tuple[float, str]],
+) -> str:
+    """The geometric mean and the worst of the cases that have this ratio, or nothing."""
+    found = [(value, result.case.name) for result in results if (value := ratio(result)) is not None]
+    if not found:
+        return ""
+    mean = geometric_mean([value for value, _ in found])
+    return "- {}: geometric mean {:.2f}, worst {:.2f} ({})".format(what, mean, *worst(found))
 
 
 def machine() -> dict[str, Any]:

@@ -261,13 +261,17 @@ cdef inline void add_short(const stored *x, const stored *dy, Py_ssize_t n, cons
 
 cdef void add_by_channel(const Job *job, Py_ssize_t first, Py_ssize_t n, const double *each, double *to) noexcept nogil:
     """Add values, the first of which lies so far in the sample, to those of their channels."""
-    cdef Py_ssize_t c = first // job.S, s = first % job.S, i
-    for i in range(n):
-        to[c] += each[i]
-        s += 1
-        if s == job.S:
-            s = 0
-            c += 1
+    cdef Py_ssize_t c = first // job.S, run = job.S - first % job.S, i = 0, j
+    cdef double sum
+    while i < n:
+        run = min(run, n - i)
+        sum = 0
+        for j in range(i, i + run):
+            sum += each[j]
+        to[c] += sum
+        c += 1
+        i += run
+        run = job.S
 
 
 cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil:
