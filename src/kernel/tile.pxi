@@ -30,15 +30,6 @@ cdef inline double scalar(stored v) noexcept nogil:
         return v
 
 
-cdef inline stored rounded(float v, const stored *_) noexcept nogil:
-    if stored is half:
-        return gn_to_half(v)
-    elif stored is bfloat:
-        return gn_to_bfloat(v)
-    else:
-        return <stored> v
-
-
 cdef void widen(Storage storage, const void *memory, real *tile, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t j
     if storage == FLOAT16:
