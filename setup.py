@@ -24,7 +24,8 @@ else:
     ISA = {"baseline": []}
 
 # The same bits from every compiler and level: no contraction to FMA but where the source says so, and none of
-# -ffast-math. Traps are respected: nothing is computed that is not asked for. errno, which nobody reads, is given up.
+# -ffast-math. Traps are respected: nothing is computed that is not asked for. errno, which nobody reads, is
+# given up.
 FLAGS = [
     "-O3",
     "-g0",  # it takes a third of the time and most of the size of a kernel
@@ -99,7 +100,7 @@ def extension(name, source, flags=(), macros=()):
             *macros,
         ],
         extra_compile_args=[*FLAGS, *flags],
-        depends=sorted(str(path) for path in Path("src").rglob("*") if path.suffix in (".pxi", ".pxd", ".h")),
+        depends=sorted(str(p) for p in Path("src").rglob("*") if p.suffix in (".pxi", ".pxd", ".h")),
     )
 
 

@@ -1,5 +1,5 @@
-"""The same bits: for any thread count, batch, stride, alignment, and in place or not; and for any instruction set with
-fused multiply-add. x86-64-v2, which has none, has bits of its own.
+"""The same bits: for any thread count, batch, stride, alignment, and in place or not; and for any instruction
+set with fused multiply-add. x86-64-v2, which has none, has bits of its own.
 
 Channels-first and channels-last share the bound of test_accuracy.py only, not the bits.
 """

@@ -296,8 +296,8 @@ def test_dweight_and_dbias_are_within_1e_6_at_any_mean(shape, num_groups, ratio,
 @both_layouts
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_dx_is_within_4_ulp_at_the_scale_of_its_terms_at_any_mean(ratio, layout):
-    """Even where a and b have cancelled to far less than their terms; where all are small, at a sixteenth of the
-    group's root mean square."""
+    """Even where a and b have cancelled to far less than their terms; where all are small, at a sixteenth of
+    the group's root mean square."""
     worst = {}
     for shape, num_groups in ACCURACY_SHAPES:
         dy, x, weight = accuracy_problem(shape, ratio, layout)

@@ -7,7 +7,17 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import ACTIVATIONS, DTYPES, FAMILIES, LAYOUTS, LEVELS, assert_same_bits, in_layout, name_of, normal
+from helpers import (
+    ACTIVATIONS,
+    DTYPES,
+    FAMILIES,
+    LAYOUTS,
+    LEVELS,
+    assert_same_bits,
+    in_layout,
+    name_of,
+    normal,
+)
 from test_bits import HOW, OPTIONS, SHAPES, at_odd_address, problem, strided
 from test_gradient import assert_same_gradients, backward
 
