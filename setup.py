@@ -1,4 +1,4 @@
-"""The build: one extension for each instruction set from one kernel source, and the door that chooses one."""
+"""The build: an extension for each instruction set from one kernel source, and the entry points."""
 
 import os
 import platform
@@ -52,7 +52,7 @@ PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\
 
 
 class BuildExt(build_ext):
-    """Compiles in parallel: the door with OpenMP and the kernels with COPIES, where the compiler has them."""
+    """Compiles in parallel: entry points with OpenMP and kernels with COPIES, where the compiler has them."""
 
     def finalize_options(self):
         super().finalize_options()
@@ -107,7 +107,10 @@ def extension(name, source, flags=(), macros=()):
 setup(
     ext_modules=cythonize(
         [extension("_core", "_core")]
-        + [extension(f"_kernel_{level}", f"kernel/_kernel_{level}", flags, KERNEL) for level, flags in ISA.items()],
+        + [
+            extension(f"_kernel_{level}", f"kernel/_kernel_{level}", flags, KERNEL)
+            for level, flags in ISA.items()
+        ],
         include_path=["src", "src/kernel"],
         compiler_directives={
             "language_level": 3,

@@ -1,6 +1,6 @@
 """Group normalization for NumPy arrays on CPUs: `group_norm`, its statistics, and how it runs.
 
-This file is the list of what is public. The functions live in the compiled door, ``_core``; the same
+This file is the list of what is public. The functions live in the compiled ``_core``; the same
 functions in plain NumPy, to read and to test against, in `gn_fast.reference`.
 """
 

@@ -1,4 +1,4 @@
-"""The types of the compiled door; what its functions do is told where they are written, src/_core.pyx."""
+"""The types of the compiled entry points; what they do is told where they are written, src/_core.pyx."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,5 +1,5 @@
 # cython: boundscheck=True, wraparound=True
-"""The door: checks the arguments, sees every array as (N, C, *spatial), and sends the work to a kernel.
+"""The entry points: check the arguments, see every array as (N, C, *spatial), and send the work to a kernel.
 
 No arithmetic lives here (that is kernel/) and no thread (threads.pxi).
 """
@@ -48,7 +48,7 @@ def isa_levels():
     -------
     tuple of str
         On x86-64 some of ``x86_64_v2``, ``x86_64_v3`` and ``x86_64_v4`` (the levels of the x86-64 psABI),
-        elsewhere ``baseline``. All give the same bits.
+        elsewhere ``baseline``. All with fused multiply-add (v3, v4, ARM64) give the same bits.
 
     Examples
     --------
@@ -612,7 +612,8 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     The moments are found in one pass: blocks of values are summed about a pivot near their mean in float32
     (float64 for float64) and merged in float64 by the update of Chan, Golub and LeVeque (1983) [2]_. The mean is
     subtracted before anything is multiplied. float32 results are within 2 ulp of exact for a mean of up to 1e6
-    standard deviations, and the same to the last bit for any number of threads, instruction set, batch and strides.
+    standard deviations, and the same to the last bit for any number of threads, batch and strides, and any instruction
+    set with fused multiply-add.
 
     References
     ----------

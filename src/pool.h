@@ -1,5 +1,5 @@
 /* The memory of large outputs: blocks that were in use before, so that the system need not map and clear their
-   pages again.  A data-memory handler for NumPy (NEP 49), its own records and its lock; only the door includes
+   pages again.  A data-memory handler for NumPy (NEP 49), its own records and its lock; only _core includes
    this file, and pool.pxi says which arrays come from here. */
 #ifndef GN_FAST_POOL_H
 #define GN_FAST_POOL_H

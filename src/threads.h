@@ -1,5 +1,5 @@
 /* OpenMP, or its absence; fork; and the CPU's instruction sets.  Only the
-   door includes this file: the kernels know nothing of threads. */
+   entry points include this file: the kernels know nothing of threads. */
 #ifndef GN_FAST_THREADS_H
 #define GN_FAST_THREADS_H
 

@@ -299,8 +299,8 @@ def peak(call):
 @both_layouts
 @pytest.mark.parametrize("threads", [1, 3])
 def test_with_out_nothing_is_allocated_that_grows_with_the_data(three_processors, dtype, layout, threads):
-    """Moments of at most 256 chunks, 4 float64 for each of 4 groups: 32 KiB; as much for Python's objects; and
-    each thread's tiles."""
+    """Moments of at most 256 chunks, 4 float64 for each of 4 groups: 32 KiB; as much for Python's objects;
+    and each thread's tiles."""
     rng = np.random.default_rng(0)
     for shape in ((2, 8, 300, 300), (8, 8, 300, 300), (1, 8, 800, 800), (100, 8, 50, 50), (60, 20000)):
         fixed = (1 + threads) * SCRATCH + 2 * 8 * shape[1]  # the parameters in float64
