@@ -187,7 +187,8 @@ cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
     gn_leave(before)
 
 
-cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int thread, const Scratch *scratch) noexcept nogil:
+cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int thread,
+                        const Scratch *scratch) noexcept nogil:
     """Units that follow one another, each from its moments to its output while it is in the thread's cache. Small ones
     go through each pass together, as memory is read faster in long runs."""
     cdef double *known = plan.found + thread * (plan.batch + 1) * plan.size
@@ -202,7 +203,8 @@ cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int
         first = last
 
 
-cdef void work_on_unit(const Plan *plan, int i, Py_ssize_t unit, double *known, double *found, const Scratch *scratch) noexcept nogil:
+cdef void work_on_unit(const Plan *plan, int i, Py_ssize_t unit, double *known, double *found,
+                       const Scratch *scratch) noexcept nogil:
     cdef const Pass *p = &plan.passes[i]
     cdef Task task = Task(plan.job, unit, 0, known, known, scratch)
     cdef Py_ssize_t k

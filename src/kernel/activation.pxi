@@ -43,13 +43,15 @@ cdef inline vec exp_minus(vec x, vec excess) noexcept nogil:
         t = fma(x - excess, all_of(-1.4426950408889634, x), all_of(1.5 * 2.0**23 + 127 + 36, x))
         n = t - all_of(1.5 * 2.0**23 + 127 + 36, x)
         r = fma(n, all_of(1.4286068203094172e-6, x), fma(n, all_of(45426.0 / 2.0**16, x), x) - excess)
-        q = step(step(step(step(all_of(1.38143199e-3, r), r, -8.36885108e-3), r, 4.16684011e-2), r, -1.66665195e-1), r, 4.99999934e-1)
+        q = step(step(step(step(all_of(1.38143199e-3, r), r, -8.36885108e-3), r, 4.16684011e-2), r, -1.66665195e-1), r,
+                 4.99999934e-1)
         t = gn_exponent_floats(t)
     else:
         t = fma(x - excess, all_of(-1.4426950408889634, x), all_of(1.5 * 2.0**52 + 1023 + 200, x))
         n = t - all_of(1.5 * 2.0**52 + 1023 + 200, x)
         r = fma(n, all_of(5.4979230187083712e-14, x), fma(n, all_of(3048493539143.0 / 2.0**42, x), x) - excess)
-        q = step(step(step(all_of(-2.4999857366796424e-8, r), r, 2.7630523482066208e-7), r, -2.7557588425328419e-6), r, 2.4801492388265001e-5)
+        q = step(step(step(all_of(-2.4999857366796424e-8, r), r, 2.7630523482066208e-7), r, -2.7557588425328419e-6), r,
+                 2.4801492388265001e-5)
         q = step(step(step(q, r, -1.9841269502734520e-4), r, 1.3888888944249190e-3), r, -8.3333333334969279e-3)
         q = step(step(step(q, r, 4.1666666666528104e-2), r, -1.6666666666666408e-1), r, 5.0000000000000108e-1)
         t = gn_exponent_doubles(t)
@@ -64,12 +66,15 @@ cdef inline void erfcx(vec a, vec *p, vec *q) noexcept nogil:
         p[0] = step(step(step(a + all_of(9.97266158, a), a, 45.2980784), a, 109.000034), a, 125.287192)
         k = step(step(step(step(all_of(0.253295789, a), a, 1.52715926), a, 2.7342216), a, -4.91428248), a, -25.3224455)
     else:
-        p[0] = step(step(step(a + all_of(31.135881352181581, a), a, 475.89080668336595), a, 4644.5798057632182), a, 31829.81742570136)
+        p[0] = step(step(step(a + all_of(31.135881352181581, a), a, 475.89080668336595), a, 4644.5798057632182), a,
+                    31829.81742570136)
         p[0] = step(step(step(p[0], a, 159435.39001038595), a, 590406.70625644014), a, 1598163.8558937765)
         p[0] = step(step(step(p[0], a, 3040156.1267958796), a, 3704500.6614464666), a, 2237788.0810557716)
-        k = step(step(step(all_of(0.25331413731520924, a), a, 6.8871589243532485), a, 90.66730192934358), a, 739.66996074501981)
+        k = step(step(step(all_of(0.25331413731520924, a), a, 6.8871589243532485), a, 90.66730192934358), a,
+                 739.66996074501981)
         k = step(step(step(k, a, 4012.2969634860515), a, 14300.492964356416), a, 28835.371099264514)
-        k = step(step(step(step(k, a, 3001.7329983631475), a, -162003.08010903181), a, -443010.679953616), a, -452291.52083270007)
+        k = step(step(step(step(k, a, 3001.7329983631475), a, -162003.08010903181), a, -443010.679953616), a,
+                 -452291.52083270007)
     q[0] = p[0] + fma(a, p[0], a * k)
 
 
@@ -105,7 +110,8 @@ cdef inline vec exp_gelu_tanh(vec z, vec *a) noexcept nogil:
         gap = fma(m, all_of(3.9879801159344763e-16, m), times(32875226723.0 / 2.0**48, m) - a[0])
         near = a[0] + gap
         m = times(3.3643904729883367e-14, m)
-    return exp_minus(w, fma(gap, step(fma(near, near + a[0], a[0] * a[0]), all_of(0.07135481627260025, near), 1.5957691216057308), m))
+    return exp_minus(w, fma(gap, step(fma(near, near + a[0], a[0] * a[0]), all_of(0.07135481627260025, near),
+                                      1.5957691216057308), m))
 
 
 cdef inline vec silu(vec z) noexcept nogil:

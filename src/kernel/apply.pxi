@@ -59,7 +59,8 @@ cdef inline Py_ssize_t before_vector(const stored *y, vec like) noexcept nogil:
     return (gn_before_line(y) % (width(like) * <Py_ssize_t> sizeof(stored))) // <Py_ssize_t> sizeof(stored)
 
 
-cdef inline void affine_run(const stored *x, const stored *residual, stored *y, Py_ssize_t n, vec *a, int activation, Flow flow) noexcept nogil:
+cdef inline void affine_run(const stored *x, const stored *residual, stored *y, Py_ssize_t n, vec *a, int activation,
+                            Flow flow) noexcept nogil:
     """The values of one channel. The vectors between the first and the last begin where a vector's worth of y does in memory, and
     these two overlap them; all are found before what they read is overwritten, as y may be x."""
     cdef Py_ssize_t w = width(a[0]), i, k
@@ -80,24 +81,28 @@ cdef inline void affine_run(const stored *x, const stored *residual, stored *y, 
     for k in range((n - i) // w):
         if flow.ahead:
             gn_prefetch(<const char *> (x + i + k * w) + flow.ahead)
-        store(y + i + k * w, activated(activation, add_residual(fma(load(x + i + k * w, a[0]) - a[0], a[1], a[2]), residual, i + k * w)), flow.stream)
+        store(y + i + k * w, activated(activation, add_residual(fma(load(x + i + k * w, a[0]) - a[0], a[1], a[2]),
+                                                                residual, i + k * w)), flow.stream)
     if i and not flow.stream:
         store(y, first, False)
     if (n - i) % w:
         store(y + n - w, last, False)
 
 
-cdef inline void affine_runs_as(const stored *x, const stored *residual, stored *y, const Runs *t, int activation, Flow flow, vec like) noexcept nogil:
+cdef inline void affine_runs_as(const stored *x, const stored *residual, stored *y, const Runs *t, int activation,
+                                Flow flow, vec like) noexcept nogil:
     cdef vec a[3]
     cdef Py_ssize_t c
     a[0] = all_of(t.mean, like)
     for c in range(t.channels):
         a[1] = all_of(t.scale[c], like)
         a[2] = all_of(t.shift[c], like)
-        affine_run(x + c * t.xstep, residual if residual == NULL else residual + c * t.rstep, y + c * t.ystep, t.values, a, activation, flow)
+        affine_run(x + c * t.xstep, residual if residual == NULL else residual + c * t.rstep, y + c * t.ystep,
+                   t.values, a, activation, flow)
 
 
-cdef void affine_runs(const stored *x, const stored *residual, stored *y, const Runs *t, int activation, vec like) noexcept nogil:
+cdef void affine_runs(const stored *x, const stored *residual, stored *y, const Runs *t, int activation,
+                      vec like) noexcept nogil:
     cdef Flow plain
     plain.stream = False
     plain.ahead = 0
@@ -121,7 +126,8 @@ cdef inline vec dx_at(vec x, vec dy, const vec *a) noexcept nogil:
     return fma(dy, a[1], fma(x - a[0], a[2], a[3]))
 
 
-cdef inline void dx_run(const stored *x, const stored *dy, stored *dx, Py_ssize_t n, const vec *a, Flow flow) noexcept nogil:
+cdef inline void dx_run(const stored *x, const stored *dy, stored *dx, Py_ssize_t n, const vec *a,
+                        Flow flow) noexcept nogil:
     """As affine_run."""
     cdef Py_ssize_t w = width(a[0]), i, k
     cdef vec first = a[0], last = a[0]
@@ -166,7 +172,8 @@ cdef void dx_runs(const stored *x, const stored *dy, stored *dx, const Runs *t, 
 # ---- rows ------------------------------------------------------------------------------------------
 
 
-cdef inline void affine_band(const stored *x, const stored *residual, stored *y, const Grid *t, Py_ssize_t rows, int activation, vec like) noexcept nogil:
+cdef inline void affine_band(const stored *x, const stored *residual, stored *y, const Grid *t, Py_ssize_t rows,
+                             int activation, vec like) noexcept nogil:
     """Some rows, for which the parameters are loaded once."""
     cdef Py_ssize_t w = width(like), whole = t.lanes // w, rest = t.lanes % w, j = 0, k, r
     cdef vec mean, scale, shift, z
@@ -191,7 +198,8 @@ cdef inline void affine_band(const stored *x, const stored *residual, stored *y,
             store_some(y + r * t.yrow + j, activated(activation, z), rest)
 
 
-cdef inline void affine_rows_as(const stored *x, const stored *residual, stored *y, const Grid *t, int activation, vec like) noexcept nogil:
+cdef inline void affine_rows_as(const stored *x, const stored *residual, stored *y, const Grid *t, int activation,
+                                vec like) noexcept nogil:
     cdef Py_ssize_t r
     for r in range(t.rows // 4):
         affine_band(x, residual, y, t, 4, activation, like)
@@ -205,7 +213,8 @@ cdef inline void affine_rows_as(const stored *x, const stored *residual, stored 
         residual = residual if residual == NULL else residual + t.rrow
 
 
-cdef void affine_rows(const stored *x, const stored *residual, stored *y, const Grid *t, int activation, vec like) noexcept nogil:
+cdef void affine_rows(const stored *x, const stored *residual, stored *y, const Grid *t, int activation,
+                      vec like) noexcept nogil:
     if activation == IDENTITY and residual == NULL:
         affine_rows_as(x, NULL, y, t, IDENTITY, like)
     elif activation == IDENTITY:
@@ -222,7 +231,8 @@ cdef void affine_rows(const stored *x, const stored *residual, stored *y, const 
         affine_rows_as(x, residual, y, t, MISH, like)
 
 
-cdef inline void dx_band(const stored *x, const stored *dy, stored *dx, const Grid *t, Py_ssize_t rows, vec like) noexcept nogil:
+cdef inline void dx_band(const stored *x, const stored *dy, stored *dx, const Grid *t, Py_ssize_t rows,
+                         vec like) noexcept nogil:
     cdef Py_ssize_t w = width(like), rest = t.lanes % w, j = 0, k, r
     cdef vec a[4]
     for k in range((t.lanes + w - 1) // w):
@@ -232,7 +242,8 @@ cdef inline void dx_band(const stored *x, const stored *dy, stored *dx, const Gr
         a[3] = lane(t.constant, j, like)
         if j + w <= t.lanes:
             for r in range(rows):
-                store(dx + r * t.yrow + j, dx_at(load(x + r * t.xrow + j, like), load(dy + r * t.rrow + j, like), a), t.flow.stream)
+                store(dx + r * t.yrow + j, dx_at(load(x + r * t.xrow + j, like), load(dy + r * t.rrow + j, like), a),
+                      t.flow.stream)
         else:
             for r in range(rows):
                 store_some(dx + r * t.yrow + j, dx_at(load_some(x + r * t.xrow + j, rest, like),
@@ -257,7 +268,8 @@ cdef void dx_rows(const stored *x, const stored *dy, stored *dx, const Grid *t, 
 # ---- values ----------------------------------------------------------------------------------------
 
 
-cdef inline void affine_values_as(const stored *x, const stored *residual, stored *y, const Values *t, int activation, vec like) noexcept nogil:
+cdef inline void affine_values_as(const stored *x, const stored *residual, stored *y, const Values *t, int activation,
+                                  vec like) noexcept nogil:
     cdef vec mean, rstd, rest, z
     cdef Py_ssize_t w = width(like), n = t.values, i = 0, k, g
     for g in range(t.groups):
@@ -269,14 +281,16 @@ cdef inline void affine_values_as(const stored *x, const stored *residual, store
             store(y + i, activated(activation, add_residual(z, residual, i)), False)
             i += w
         if n % w:
-            z = fma(fma(load_some(x + i, n % w, like) - mean, rstd, rest), some_lanes(t.weight, i, n % w, like), some_lanes(t.bias, i, n % w, like))
+            z = fma(fma(load_some(x + i, n % w, like) - mean, rstd, rest), some_lanes(t.weight, i, n % w, like),
+                    some_lanes(t.bias, i, n % w, like))
             if residual != NULL:
                 z = z + load_some(residual + i, n % w, like)
             store_some(y + i, activated(activation, z), n % w)
             i += n % w
 
 
-cdef void affine_values(const stored *x, const stored *residual, stored *y, const Values *t, int activation, vec like) noexcept nogil:
+cdef void affine_values(const stored *x, const stored *residual, stored *y, const Values *t, int activation,
+                        vec like) noexcept nogil:
     if activation == IDENTITY and residual == NULL:
         affine_values_as(x, NULL, y, t, IDENTITY, like)
     elif activation == IDENTITY:

@@ -71,12 +71,14 @@ cdef inline bint run_moments(const stored *x, Py_ssize_t n, double *found, Py_ss
     return vec is doubles or carried(square)
 
 
-cdef inline void block_moments(const stored *x, Py_ssize_t n, bint few, double *found, Py_ssize_t groups, vec like) noexcept nogil:
+cdef inline void block_moments(const stored *x, Py_ssize_t n, bint few, double *found, Py_ssize_t groups,
+                               vec like) noexcept nogil:
     if few or not run_moments(x, n, found, groups, like):
         run_moments(x, n, found, groups, gn_all_doubles(0))
 
 
-cdef inline void slab_moments(const stored *x, Py_ssize_t n, bint few, double *found, Py_ssize_t groups, vec like) noexcept nogil:
+cdef inline void slab_moments(const stored *x, Py_ssize_t n, bint few, double *found, Py_ssize_t groups,
+                              vec like) noexcept nogil:
     """Of a slab, or a chunk of one, that lies in a row."""
     cdef double block[4]
     cdef Py_ssize_t i = BLOCK
@@ -87,7 +89,8 @@ cdef inline void slab_moments(const stored *x, Py_ssize_t n, bint few, double *f
         i += BLOCK
 
 
-cdef void gathered_moments(const Job *job, Span t, const Scratch *scratch, double *found, Py_ssize_t groups, const stored *_, vec like) noexcept nogil:
+cdef void gathered_moments(const Job *job, Span t, const Scratch *scratch, double *found, Py_ssize_t groups,
+                           const stored *_, vec like) noexcept nogil:
     """Of values that are strided or of which not all count."""
     cdef double block[4]
     cdef Py_ssize_t left = t.lanes, n
@@ -130,7 +133,8 @@ cdef void channels_first_moments(const Task *task, const stored *_, vec like) no
 # ---- parameters ------------------------------------------------------------------------------------
 
 
-cdef inline void read_channels(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, double absent, double *to) noexcept nogil:
+cdef inline void read_channels(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, double absent,
+                               double *to) noexcept nogil:
     cdef const void *p = v.data + n * v.sample_stride + c * v.itemsize
     cdef Py_ssize_t i
     if v.data == NULL:
@@ -150,7 +154,8 @@ cdef inline bint comfortable(double v) noexcept nogil:
     return not (abs(v) > 2.0 ** 100 or (abs(v) < 2.0 ** -100 and v != 0))
 
 
-cdef inline doubles parameters_at(const View *v, const char *p, Py_ssize_t i, Py_ssize_t n, doubles absent) noexcept nogil:
+cdef inline doubles parameters_at(const View *v, const char *p, Py_ssize_t i, Py_ssize_t n,
+                                  doubles absent) noexcept nogil:
     """A weight or bias of n channels from the i-th on, and zeros."""
     if v.data == NULL:
         return absent
@@ -159,7 +164,8 @@ cdef inline doubles parameters_at(const View *v, const char *p, Py_ssize_t i, Py
     return some_of(<const double *> p + i, n, absent)
 
 
-cdef bint channel_parameters(const Job *job, const Part *p, double rstd, double rest, double *scale, double *shift) noexcept nogil:
+cdef bint channel_parameters(const Job *job, const Part *p, double rstd, double rest, double *scale,
+                             double *shift) noexcept nogil:
     """Scale and shift of channels of one group, DOUBLES at a time (there is room for more), and whether float32 may carry them."""
     cdef const char *weights = job.weight.data + p.n * job.weight.sample_stride + p.c * job.weight.itemsize
     cdef const char *biases = job.bias.data + p.n * job.bias.sample_stride + p.c * job.bias.itemsize
@@ -174,7 +180,8 @@ cdef bint channel_parameters(const Job *job, const Part *p, double rstd, double 
         gn_doubles_to_double(scale + i, s, False)
         if shift != NULL:  # an infinite weight makes no NaN of its own
             s = where_at_most(size, gn_all_doubles(1e300), s, zero)
-            gn_doubles_to_double(shift + i, parameters_at(&job.bias, biases, i, n, zero) - gn_all_doubles(rest) * s, False)
+            gn_doubles_to_double(shift + i, parameters_at(&job.bias, biases, i, n, zero) - gn_all_doubles(rest) * s,
+                                 False)
         i += DOUBLES
     return not (gn_any_less(gn_all_doubles(2.0 ** 100), largest) or gn_any_less(smallest, gn_all_doubles(2.0 ** -100)))
 
@@ -232,7 +239,8 @@ cdef inline bint next_channels(const Job *job, const Part *p, Span *t, Runs *run
     return t.c < p.c + p.channels
 
 
-cdef void affine_part(const Job *job, const Part *p, Runs *runs, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void affine_part(const Job *job, const Part *p, Runs *runs, const Scratch *scratch, const stored *_,
+                      vec like) noexcept nogil:
     """y of some channels, where they lie or tile by tile."""
     cdef const stored *x = <const stored *> address(&job.x, p.n, p.c, p.s)
     cdef const stored *residual = NULL
@@ -274,7 +282,8 @@ cdef void channels_first_affine(const Task *task, const stored *_, vec like) noe
         runs.mean = in_type(mean, like)
         runs.scale = scratch.channels
         runs.shift = scratch.channels + parameters_of(job)
-        if channel_parameters(job, &p, rstd, mean - runs.mean, scratch.channels, scratch.channels + parameters_of(job)) and comfortable(mean):
+        if channel_parameters(job, &p, rstd, mean - runs.mean, scratch.channels,
+                              scratch.channels + parameters_of(job)) and comfortable(mean):
             affine_part(job, &p, &runs, scratch, _, like)
         else:
             channel_parameters(job, &p, rstd, 0, scratch.channels, scratch.channels + parameters_of(job))
@@ -291,7 +300,8 @@ cdef inline bint plain_gradient(const Job *job, const stored *_) noexcept nogil:
             and in_runs(job, &job.x, _) and in_runs(job, &job.dy, _))
 
 
-cdef void gradient_tile(const Job *job, const Span *t, const void *z, const Scratch *scratch, const stored **x, const stored **dy, vec like) noexcept nogil:
+cdef void gradient_tile(const Job *job, const Span *t, const void *z, const Scratch *scratch, const stored **x,
+                        const stored **dy, vec like) noexcept nogil:
     """dy' = dy * act'(z) in a tile, in the order of rows. A masked position whose dy' is 0 has an x of 0 then: whatever it was, it
     contributes nothing."""
     cdef stored *to = <stored *> scratch.dy
@@ -322,7 +332,8 @@ cdef inline void put_zero(stored *p) noexcept nogil:
     memset(p, 0, sizeof(stored))
 
 
-cdef void run_gradient(const Job *job, const Span *t, const Runs *runs, const Scratch *scratch, const stored **x, const stored **dy, vec like) noexcept nogil:
+cdef void run_gradient(const Job *job, const Span *t, const Runs *runs, const Scratch *scratch, const stored **x,
+                       const stored **dy, vec like) noexcept nogil:
     """x and dy' of a tile."""
     cdef const stored *residual = NULL
     cdef Py_ssize_t row
@@ -348,7 +359,8 @@ cdef bint centre_sums(Py_ssize_t channels, double rest, double *sum, double *pro
     return none == 0 and 2.0 ** -60 < largest < 2.0 ** 60
 
 
-cdef void sums_part(const Job *job, const Part *p, Runs *runs, double *sum, double *product, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void sums_part(const Job *job, const Part *p, Runs *runs, double *sum, double *product, const Scratch *scratch,
+                    const stored *_, vec like) noexcept nogil:
     """The sums of some channels."""
     cdef double lanes[2 * LANES]
     cdef vec mean = all_of(runs.mean, like)
@@ -374,7 +386,8 @@ cdef void sums_part(const Job *job, const Part *p, Runs *runs, double *sum, doub
                 memset(lanes, 0, sizeof(lanes))
         else:
             for i in range(runs.channels):
-                sum_channel(x + i * runs.values, dy + i * runs.values, runs.values, mean, runs.mean, sum + c + i, product + c + i)
+                sum_channel(x + i * runs.values, dy + i * runs.values, runs.values, mean, runs.mean, sum + c + i,
+                            product + c + i)
 
 
 cdef void channels_first_sums(const Task *task, const stored *_, vec like) noexcept nogil:
@@ -403,7 +416,8 @@ cdef void channels_first_sums(const Task *task, const stored *_, vec like) noexc
         sums = found + sums_at(job) + p.c - u.c
         ok = vec is doubles or (2.0 ** -40 < rstd < 2.0 ** 40 and comfortable(mean))
         if ok and job.activation != IDENTITY:
-            ok = channel_parameters(job, &p, rstd, mean - runs.mean, scratch.channels, scratch.channels + parameters_of(job))
+            ok = channel_parameters(job, &p, rstd, mean - runs.mean, scratch.channels,
+                                    scratch.channels + parameters_of(job))
         if ok:
             sums_part(job, &p, &runs, sums, sums + u.channels, scratch, _, like)
             ok = centre_sums(p.channels, mean - runs.mean, sums, sums + u.channels) or vec is doubles
@@ -451,7 +465,8 @@ cdef void add_sums(const Job *job, double *into, const double *other) noexcept n
         into[i] += other[i]
 
 
-cdef void unmoved(const Job *job, const Unit *u, const Span *t, const stored *dy, stored *dx, const double *known, const Scratch *scratch) noexcept nogil:
+cdef void unmoved(const Job *job, const Unit *u, const Span *t, const stored *dy, stored *dx, const double *known,
+                  const Scratch *scratch) noexcept nogil:
     """dx where no statistics were moved, as a position did not count or nothing did."""
     cdef const uint8_t *mask = NULL
     cdef Py_ssize_t lanes = t.lanes if job.channels_last else 1, positions = t.rows * t.lanes // lanes, i, j, c = -1, g, now
@@ -473,7 +488,8 @@ cdef void unmoved(const Job *job, const Unit *u, const Span *t, const stored *dy
                     dx[i * lanes + j] = <stored> (dy[i * lanes + j] * scale)
 
 
-cdef void dx_part(const Job *job, const Unit *u, const Part *p, Runs *runs, const double *known, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void dx_part(const Job *job, const Unit *u, const Part *p, Runs *runs, const double *known,
+                  const Scratch *scratch, const stored *_, vec like) noexcept nogil:
     """dx of some channels, where they lie or tile by tile."""
     cdef const stored *x = <const stored *> address(&job.x, p.n, p.c, p.s)
     cdef const stored *dy = <const stored *> address(&job.dy, p.n, p.c, p.s)

@@ -68,7 +68,8 @@ cdef void clear_lanes(const Job *job, const Lanes *l, vec like) noexcept nogil:
     fill_lanes(job, l.pivot, like)
 
 
-cdef void add_positions(const Job *job, const stored *x, const stored *dy, Rows *t, const Lanes *l, Py_ssize_t c, vec like) noexcept nogil:
+cdef void add_positions(const Job *job, const stored *x, const stored *dy, Rows *t, const Lanes *l, Py_ssize_t c,
+                        vec like) noexcept nogil:
     """Add rows of so many channels from channel c on."""
     cdef Py_ssize_t fold = fold_of(job), positions = t.rows, channels = t.lanes, done
     t.pivot = <float *> l.pivot + c if vec is floats else <void *> (<double *> l.pivot + c)
@@ -104,7 +105,8 @@ cdef void fold_lanes(const Job *job, const Lanes *l) noexcept nogil:
 # ---- moments ---------------------------------------------------------------------------------------
 
 
-cdef void pivots_of(const stored *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t channels, void *pivot, vec like) noexcept nogil:
+cdef void pivots_of(const stored *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t channels, void *pivot,
+                    vec like) noexcept nogil:
     """About the mean of each channel, from SAMPLES rows; or the first of fewer."""
     cdef Py_ssize_t w = width(like), j = 0, k, r, n
     cdef vec v[SAMPLES]
@@ -116,7 +118,8 @@ cdef void pivots_of(const stored *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t
         j += w
 
 
-cdef void sample_pivots(const Job *job, const Span *whole, const Scratch *scratch, void *pivot, const stored *_, vec like) noexcept nogil:
+cdef void sample_pivots(const Job *job, const Span *whole, const Scratch *scratch, void *pivot, const stored *_,
+                        vec like) noexcept nogil:
     """From rows that are spread over a chunk, so that data that drift stay near: each the first from there that counts."""
     cdef Py_ssize_t rows = 1 if vec is doubles and stored is not double else min(SAMPLES, whole.rows), r, c, row
     cdef Py_ssize_t stop = whole.s + whole.rows
@@ -125,7 +128,8 @@ cdef void sample_pivots(const Job *job, const Span *whole, const Scratch *scratc
     cdef Span t = whole[0]
     t.rows = 1
     if job.mask.data == NULL and in_rows(job, &job.x, _):
-        pivots_of(<const stored *> address(&job.x, t.n, t.c, t.s), row_of(&job.x, _) * (whole.rows // rows), rows, job.C, pivot, like)
+        pivots_of(<const stored *> address(&job.x, t.n, t.c, t.s), row_of(&job.x, _) * (whole.rows // rows), rows,
+                  job.C, pivot, like)
         return
     for c from 0 <= c < job.C by TILE // SAMPLES:
         t.c = c
@@ -148,7 +152,8 @@ cdef Py_ssize_t first_counted(const Job *job, const Span *whole, const Scratch *
     return t.s
 
 
-cdef Py_ssize_t sum_rows(const Job *job, const Span *whole, const Scratch *scratch, const Lanes *l, const stored *_, vec like) noexcept nogil:
+cdef Py_ssize_t sum_rows(const Job *job, const Span *whole, const Scratch *scratch, const Lanes *l, const stored *_,
+                         vec like) noexcept nogil:
     """Sum a chunk's rows for its moments; returns how many count."""
     cdef stored *tile = <stored *> scratch.x
     cdef const stored *x
@@ -196,7 +201,8 @@ cdef inline double pivot_at(const void *pivot, Py_ssize_t i, vec like) noexcept 
     return (<const float *> pivot)[i] if vec is floats else (<const double *> pivot)[i]
 
 
-cdef void gather_group(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count, double *found, Py_ssize_t groups, vec like) noexcept nogil:
+cdef void gather_group(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count, double *found, Py_ssize_t groups,
+                       vec like) noexcept nogil:
     """The moments of a group from the sums of its channels: first its mean, then the squares about it."""
     cdef double sums[2 * LANES]
     cdef double first = pivot_at(l.pivot, c, like), shift, square, d
@@ -206,7 +212,8 @@ cdef void gather_group(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count,
     i = c
     for j in range(K // LANES):
         for k in range(LANES // DOUBLES):
-            gn_add_doubles(sums + k * DOUBLES, gn_fma_doubles(n, pivots_at(l.pivot, i, like) - gn_all_doubles(first), gn_doubles_of_double(l.sum + i)))
+            gn_add_doubles(sums + k * DOUBLES, gn_fma_doubles(n, pivots_at(l.pivot, i, like) - gn_all_doubles(first),
+                                                              gn_doubles_of_double(l.sum + i)))
             i += DOUBLES
     for j in range(K % LANES):
         sums[j] += count * (pivot_at(l.pivot, i + j, like) - first) + l.sum[i + j]
@@ -216,7 +223,8 @@ cdef void gather_group(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count,
     for j in range(K // LANES):
         for k in range(LANES // DOUBLES):
             delta = (pivots_at(l.pivot, i, like) - gn_all_doubles(first)) - gn_all_doubles(shift)
-            gn_add_doubles(sums + LANES + k * DOUBLES, gn_fma_doubles(delta, gn_fma_doubles(n, delta, gn_all_doubles(2) * gn_doubles_of_double(l.sum + i)),
+            gn_add_doubles(sums + LANES + k * DOUBLES, gn_fma_doubles(delta, gn_fma_doubles(n, delta,
+                                                                                            gn_all_doubles(2) * gn_doubles_of_double(l.sum + i)),
                                                                       gn_doubles_of_double(l.product + i)))
             i += DOUBLES
     for j in range(K % LANES):
@@ -229,7 +237,8 @@ cdef void gather_group(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count,
     found[M2 * groups] = square
 
 
-cdef bint rows_moments(const Job *job, const Span *whole, double *found, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef bint rows_moments(const Job *job, const Span *whole, double *found, const Scratch *scratch, const stored *_,
+                       vec like) noexcept nogil:
     """The moments of a chunk, of the groups that are not known yet; returns whether float32 carried all."""
     cdef Lanes l
     cdef Py_ssize_t g, count
@@ -266,7 +275,8 @@ cdef void channels_last_moments(const Task *task, const stored *_, vec like) noe
 # ---- parameters ------------------------------------------------------------------------------------
 
 
-cdef bint lane_parameters(const Job *job, const Span *whole, const double *known, const double *slopes, const Scratch *scratch, Grid *t, vec like) noexcept nogil:
+cdef bint lane_parameters(const Job *job, const Span *whole, const double *known, const double *slopes,
+                          const Scratch *scratch, Grid *t, vec like) noexcept nogil:
     """The parameters of each lane, and whether float32 may carry them. Without slopes, those of y only."""
     cdef double *scale = scratch.channels
     cdef double *shift = scratch.channels + job.C + LANES
@@ -332,7 +342,8 @@ cdef inline Py_ssize_t last_row(const Job *job, Grid *t, Py_ssize_t left) noexce
     return done
 
 
-cdef void affine_positions(const Job *job, const stored *x, const stored *residual, stored *y, const Grid *whole, int activation, vec like) noexcept nogil:
+cdef void affine_positions(const Job *job, const stored *x, const stored *residual, stored *y, const Grid *whole,
+                           int activation, vec like) noexcept nogil:
     cdef Grid t = whole[0]
     cdef Py_ssize_t left = fold_rows(job, &t), done
     affine_rows(x, residual, y, &t, activation, like)
@@ -341,7 +352,8 @@ cdef void affine_positions(const Job *job, const stored *x, const stored *residu
         affine_rows(x + done, residual if residual == NULL else residual + done, y + done, &t, activation, like)
 
 
-cdef void dx_positions(const Job *job, const stored *x, const stored *dy, stored *dx, const Grid *whole, vec like) noexcept nogil:
+cdef void dx_positions(const Job *job, const stored *x, const stored *dy, stored *dx, const Grid *whole,
+                       vec like) noexcept nogil:
     cdef Grid t = whole[0]
     cdef Py_ssize_t left = fold_rows(job, &t), done
     dx_rows(x, dy, dx, &t, like)
@@ -366,7 +378,8 @@ cdef inline stored *packed(const Job *job, const View *v, const Span *t, stored 
     return tile
 
 
-cdef void affine_chunk(const Job *job, const Span *whole, Grid *g, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void affine_chunk(const Job *job, const Span *whole, Grid *g, const Scratch *scratch, const stored *_,
+                       vec like) noexcept nogil:
     cdef const stored *x = <const stored *> address(&job.x, whole.n, 0, whole.s)
     cdef const stored *residual = <const stored *> NULL if job.residual.data == NULL else <const stored *> address(&job.residual, whole.n, 0, whole.s)
     cdef Py_ssize_t stop = whole.c + whole.lanes
@@ -441,7 +454,8 @@ cdef inline bint plain_rows(const Job *job, const stored *_) noexcept nogil:
             and in_rows(job, &job.x, _) and in_rows(job, &job.dy, _))
 
 
-cdef void rows_gradient(const Job *job, const Span *t, const Grid *g, const Scratch *scratch, const stored **x, const stored **dy, vec like) noexcept nogil:
+cdef void rows_gradient(const Job *job, const Span *t, const Grid *g, const Scratch *scratch, const stored **x,
+                        const stored **dy, vec like) noexcept nogil:
     """x and dy' of some rows of some channels, one behind the other."""
     cdef Grid strip
     x[0] = packed(job, &job.x, t, <stored *> scratch.x)
@@ -451,11 +465,13 @@ cdef void rows_gradient(const Job *job, const Span *t, const Grid *g, const Scra
         strip.lanes = strip.xrow = strip.rrow = strip.yrow = t.lanes
         strip.flow.stream = False
         strip.flow.ahead = 0
-        affine_positions(job, x[0], packed(job, &job.residual, t, <stored *> scratch.y), <stored *> scratch.y, &strip, IDENTITY, like)
+        affine_positions(job, x[0], packed(job, &job.residual, t, <stored *> scratch.y), <stored *> scratch.y, &strip,
+                         IDENTITY, like)
     gradient_tile(job, t, scratch.y, scratch, x, dy, like)
 
 
-cdef void sum_products(const Job *job, const Span *whole, const Lanes *l, const Grid *g, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void sum_products(const Job *job, const Span *whole, const Lanes *l, const Grid *g, const Scratch *scratch,
+                       const stored *_, vec like) noexcept nogil:
     """The sums of each channel of a chunk about its mean."""
     cdef const stored *x = <const stored *> address(&job.x, whole.n, 0, whole.s)
     cdef const stored *dy = <const stored *> address(&job.dy, whole.n, 0, whole.s)
@@ -486,7 +502,8 @@ cdef void sum_products(const Job *job, const Span *whole, const Lanes *l, const 
     fold_lanes(job, l)
 
 
-cdef bint sums_chunk(const Job *job, const Span *whole, const double *known, double *sums, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef bint sums_chunk(const Job *job, const Span *whole, const double *known, double *sums, const Scratch *scratch,
+                     const stored *_, vec like) noexcept nogil:
     """The sums of the groups that are not known yet, which stand at infinity; returns whether float32 carried all."""
     cdef Lanes l
     cdef Grid grid
@@ -540,7 +557,8 @@ cdef inline bint nothing_counts(const Job *job, const Span *whole, const double 
     return none
 
 
-cdef void dx_chunk(const Job *job, const Unit *u, const Span *whole, Grid *g, const double *known, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void dx_chunk(const Job *job, const Unit *u, const Span *whole, Grid *g, const double *known,
+                   const Scratch *scratch, const stored *_, vec like) noexcept nogil:
     cdef const stored *x = <const stored *> address(&job.x, whole.n, 0, whole.s)
     cdef const stored *dy = <const stored *> address(&job.dy, whole.n, 0, whole.s)
     cdef stored *dx = <stored *> address(&job.y, whole.n, 0, whole.s)
@@ -552,7 +570,8 @@ cdef void dx_chunk(const Job *job, const Unit *u, const Span *whole, Grid *g, co
     g.lanes = t.lanes
     g.flow.ahead = job.ahead
     g.flow.stream = job.y.streamed and streams(job, dx, job.y.stride[0]) and job.y.data != job.dy.data
-    if t.lanes == job.C and plain_rows(job, _) and in_rows(job, &job.y, _) and not none and g.flow.stream == job.y.streamed:
+    if t.lanes == job.C and plain_rows(job, _) and in_rows(job, &job.y,
+                                                           _) and not none and g.flow.stream == job.y.streamed:
         g.xrow = row_of(&job.x, _)
         g.rrow = row_of(&job.dy, _)
         g.yrow = row_of(&job.y, _)

@@ -26,7 +26,8 @@ cdef void merge(const Job *job, double *into, const double *other) noexcept nogi
         merge_group(into + g, other + g, job.unit_groups, job.unit_groups)
 
 
-cdef inline void put_moments(double count, double sum, double square, double pivot, double *found, Py_ssize_t groups) noexcept nogil:
+cdef inline void put_moments(double count, double sum, double square, double pivot, double *found,
+                             Py_ssize_t groups) noexcept nogil:
     """Of one group, from its sums about a pivot."""
     cdef double shift = sum / max(count, 1.0)
     found[COUNT * groups] = count

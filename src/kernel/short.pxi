@@ -16,7 +16,8 @@ cdef void expand_sample(const Job *job, const View *v, Py_ssize_t n, double abse
             i += 1
 
 
-cdef void *expand_view(const Job *job, const View *v, double absent, void *to, Py_ssize_t *step, Py_ssize_t *size) noexcept nogil:
+cdef void *expand_view(const Job *job, const View *v, double absent, void *to, Py_ssize_t *step,
+                       Py_ssize_t *size) noexcept nogil:
     """Fill the memory that is given for a weight or bias of each value; where none is, they lie ready."""
     cdef Py_ssize_t n
     size[0] = 8 if job.work == FLOAT64 else 4
@@ -67,7 +68,8 @@ cdef struct Short:  # a chunk's part of a unit: whole groups, or a part of one
     double *constant
 
 
-cdef Short short_of(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const double *slopes, const Scratch *scratch, vec like) noexcept nogil:
+cdef Short short_of(const Job *job, Py_ssize_t unit, Py_ssize_t chunk, const double *known, const double *slopes,
+                    const Scratch *scratch, vec like) noexcept nogil:
     """All groups of a unit. Without slopes, what y needs only."""
     cdef Unit u = unit_of(job, unit)
     cdef Part part = part_of(job, &u, chunk, 0)
@@ -126,7 +128,8 @@ cdef inline bint all_comfortable(const Short *p, Py_ssize_t groups, bint sloped)
     return ok
 
 
-cdef inline bint next_values(const Job *job, Short *p, Py_ssize_t *left, const Scratch *scratch, vec like) noexcept nogil:
+cdef inline bint next_values(const Job *job, Short *p, Py_ssize_t *left, const Scratch *scratch,
+                             vec like) noexcept nogil:
     """Set the span to the next values of a group and point to their parameters, in the type that they are computed in."""
     cdef Py_ssize_t j
     if left[0] == 0:
@@ -152,7 +155,8 @@ cdef inline void past_values(const Job *job, Short *p) noexcept nogil:
 # ---- y ---------------------------------------------------------------------------------------------
 
 
-cdef void short_affine_tiles(const Job *job, Short *p, Py_ssize_t left, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void short_affine_tiles(const Job *job, Short *p, Py_ssize_t left, const Scratch *scratch, const stored *_,
+                             vec like) noexcept nogil:
     """One group."""
     cdef const stored *residual = NULL
     cdef const stored *x
@@ -176,11 +180,13 @@ cdef void short_affine(const Task *task, const stored *_, vec like) noexcept nog
     cdef Short p = short_of(job, task.unit, task.chunk, known, NULL, scratch, like), wide
     cdef Py_ssize_t groups = p.a.groups, values = p.a.values, g
     cdef const stored *residual = NULL
-    if (lies_ready(job, &p, &job.x, _) and lies_ready(job, &p, &job.y, _) and lies_ready(job, &p, &job.residual, _) and not job.y.streamed
+    if (lies_ready(job, &p, &job.x, _) and lies_ready(job, &p, &job.y, _) and lies_ready(job, &p, &job.residual,
+                                                                                         _) and not job.y.streamed
             and parameters_ready(job, &p) and (vec is doubles or all_comfortable(&p, groups, False))):
         if job.residual.data != NULL:
             residual = <const stored *> address(&job.residual, p.t.n, p.t.c, p.t.s)
-        affine_values(<const stored *> address(&job.x, p.t.n, p.t.c, p.t.s), residual, <stored *> address(&job.y, p.t.n, p.t.c, p.t.s),
+        affine_values(<const stored *> address(&job.x, p.t.n, p.t.c, p.t.s), residual, <stored *> address(&job.y,
+                                                                                                          p.t.n, p.t.c, p.t.s),
                       &p.a, job.activation, like)
         return
     for g in range(groups):
@@ -195,7 +201,8 @@ cdef void short_affine(const Task *task, const stored *_, vec like) noexcept nog
             forward(job, &p.t, values)
 
 
-cdef inline void widen_group(Short *p, const double *known, Py_ssize_t groups, Py_ssize_t g, const double *slopes) noexcept nogil:
+cdef inline void widen_group(Short *p, const double *known, Py_ssize_t groups, Py_ssize_t g,
+                             const double *slopes) noexcept nogil:
     """Its parameters without what float32 would leave out."""
     p.mean[g] = known[PIVOT * groups + g]
     p.rest[g] = 0
@@ -206,7 +213,8 @@ cdef inline void widen_group(Short *p, const double *known, Py_ssize_t groups, P
 # ---- the gradient, whose sums are taken in float64: with a parameter for each value there is little to be gained ------
 
 
-cdef void short_gradient_tile(const Job *job, Short *p, const Scratch *scratch, const stored **x, const stored **dy, vec like) noexcept nogil:
+cdef void short_gradient_tile(const Job *job, Short *p, const Scratch *scratch, const stored **x, const stored **dy,
+                              vec like) noexcept nogil:
     cdef const stored *residual = NULL
     cdef Py_ssize_t row
     x[0] = load_tile(job, &job.x, &p.t, <stored *> scratch.x, &row)
@@ -227,7 +235,8 @@ cdef inline doubles weight_at(const void *weight, Py_ssize_t i, const stored *_)
         return gn_doubles_of_float(<const float *> weight + i)
 
 
-cdef inline void add_short(const stored *x, const stored *dy, Py_ssize_t n, const void *weights, double mean, double rstd_of_group,
+cdef inline void add_short(const stored *x, const stored *dy, Py_ssize_t n, const void *weights, double mean,
+                           double rstd_of_group,
                            double *dbias, double *dweight, double *sums) noexcept nogil:
     """Add each value's share of dbias and dweight, and in LANES lanes weight times these, of a group."""
     cdef doubles m = gn_all_doubles(mean), rstd = gn_all_doubles(rstd_of_group), v, d, w
@@ -288,14 +297,16 @@ cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil
     cdef double *dweight = job.dweight + p.t.n // job.block * job.C
     cdef const stored *x
     cdef const stored *dy
-    if (job.S == 1 and values <= SHORT_TILE and (vec is doubles or job.work != FLOAT64) and parameters_ready(job, &p) and plain_gradient(job, _)
+    if (job.S == 1 and values <= SHORT_TILE and (vec is doubles or job.work != FLOAT64) and parameters_ready(job,
+                                                                                                             &p) and plain_gradient(job, _)
             and lies_ready(job, &p, &job.x, _) and lies_ready(job, &p, &job.dy, _)):
         x = <const stored *> address(&job.x, p.t.n, p.t.c, p.t.s)
         dy = <const stored *> address(&job.dy, p.t.n, p.t.c, p.t.s)
         for g in range(groups):
             i = g * values
             memset(lanes, 0, sizeof(lanes))
-            add_short(x + i, dy + i, values, <const char *> p.a.weight + i * job.weight_size, known[PIVOT * groups + g], p.rstd[g],
+            add_short(x + i, dy + i, values, <const char *> p.a.weight + i * job.weight_size,
+                      known[PIVOT * groups + g], p.rstd[g],
                       dbias + p.i + i, dweight + p.i + i, lanes)
             gn_total(lanes, &slopes[2 * g], &slopes[2 * g + 1])
         return
@@ -306,18 +317,21 @@ cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil
         while next_values(job, &p, &left, scratch, like):
             short_gradient_tile(job, &p, scratch, &x, &dy, like)
             if job.S == 1:
-                add_short(x, dy, p.a.values, p.a.weight, known[PIVOT * groups + g], p.rstd[g], dbias + p.i, dweight + p.i, lanes)
+                add_short(x, dy, p.a.values, p.a.weight, known[PIVOT * groups + g], p.rstd[g], dbias + p.i,
+                          dweight + p.i, lanes)
             else:
                 memset(each, 0, p.a.values * sizeof(double))
                 memset(each + SHORT_TILE, 0, p.a.values * sizeof(double))
-                add_short(x, dy, p.a.values, p.a.weight, known[PIVOT * groups + g], p.rstd[g], each, each + SHORT_TILE, lanes)
+                add_short(x, dy, p.a.values, p.a.weight, known[PIVOT * groups + g], p.rstd[g], each, each + SHORT_TILE,
+                          lanes)
                 add_by_channel(job, p.i, p.a.values, each, dbias)
                 add_by_channel(job, p.i, p.a.values, each + SHORT_TILE, dweight)
             past_values(job, &p)
         gn_total(lanes, &slopes[2 * g], &slopes[2 * g + 1])
 
 
-cdef void short_dx_tiles(const Job *job, const Unit *u, Short *p, Py_ssize_t left, const double *known, const Scratch *scratch, const stored *_, vec like) noexcept nogil:
+cdef void short_dx_tiles(const Job *job, const Unit *u, Short *p, Py_ssize_t left, const double *known,
+                         const Scratch *scratch, const stored *_, vec like) noexcept nogil:
     """One group."""
     cdef const stored *x
     cdef const stored *dy
@@ -346,10 +360,12 @@ cdef void short_dx(const Task *task, const stored *_, vec like) noexcept nogil:
     cdef bint none = False
     for g in range(groups):
         none |= known[COUNT * groups + g] == 0
-    if (lies_ready(job, &p, &job.x, _) and lies_ready(job, &p, &job.y, _) and lies_ready(job, &p, &job.dy, _) and not job.y.streamed
+    if (lies_ready(job, &p, &job.x, _) and lies_ready(job, &p, &job.y, _) and lies_ready(job, &p, &job.dy,
+                                                                                         _) and not job.y.streamed
             and job.activation == IDENTITY and job.mask.data == NULL and job.dresidual.data == NULL and not none
             and parameters_ready(job, &p) and (vec is doubles or all_comfortable(&p, groups, True))):
-        dx_values(<const stored *> address(&job.x, p.t.n, p.t.c, p.t.s), <const stored *> address(&job.dy, p.t.n, p.t.c, p.t.s),
+        dx_values(<const stored *> address(&job.x, p.t.n, p.t.c, p.t.s), <const stored *> address(&job.dy, p.t.n,
+                                                                                                  p.t.c, p.t.s),
                   <stored *> address(&job.y, p.t.n, p.t.c, p.t.s), &p.a, like)
         return
     for g in range(groups):

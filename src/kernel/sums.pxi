@@ -21,7 +21,8 @@ cdef inline void add_pair(vec v, vec d, vec *sum, vec *product) noexcept nogil:
     product[0] = fma(v, d, product[0])
 
 
-cdef inline void sum_lanes(const stored *x, const stored *v, Py_ssize_t rows, vec p, vec *sum, vec *product) noexcept nogil:
+cdef inline void sum_lanes(const stored *x, const stored *v, Py_ssize_t rows, vec p, vec *sum,
+                           vec *product) noexcept nogil:
     """Rows of LANES values, in the order of memory as far as a vector reaches: out of order the hardware prefetches too little of
     it, and a sweep of DRAM takes up to 2.4 times as long."""
     cdef vec s[SETS]
@@ -79,7 +80,8 @@ cdef inline void add_few(const stored *x, Py_ssize_t n, double pivot, double *su
         sums[LANES + r] += (scalar(x[r]) - pivot) * (scalar(x[r]) - pivot)
 
 
-cdef inline void add_rest(const stored *x, const stored *v, Py_ssize_t n, double pivot, double *sum, double *product) noexcept nogil:
+cdef inline void add_rest(const stored *x, const stored *v, Py_ssize_t n, double pivot, double *sum,
+                          double *product) noexcept nogil:
     """A value for each of the first lanes."""
     cdef Py_ssize_t j
     cdef double d
@@ -89,7 +91,8 @@ cdef inline void add_rest(const stored *x, const stored *v, Py_ssize_t n, double
         product[j] += d * (d if v == NULL else scalar(v[j]))
 
 
-cdef inline void add_values(const stored *x, const stored *v, Py_ssize_t n, vec p, double pivot, double *sums) noexcept nogil:
+cdef inline void add_values(const stored *x, const stored *v, Py_ssize_t n, vec p, double pivot,
+                            double *sums) noexcept nogil:
     """Values that lie in a row, piece by piece."""
     cdef Py_ssize_t k
     for k in range(n // PIECE):
@@ -102,7 +105,8 @@ cdef inline void add_values(const stored *x, const stored *v, Py_ssize_t n, vec 
     add_rest(x + k, v if v == NULL else v + k, n % LANES, pivot, sums, sums + LANES)
 
 
-cdef inline void sum_channel(const stored *x, const stored *v, Py_ssize_t n, vec p, double pivot, double *sum, double *product) noexcept nogil:
+cdef inline void sum_channel(const stored *x, const stored *v, Py_ssize_t n, vec p, double pivot, double *sum,
+                             double *product) noexcept nogil:
     """Of a channel, which may be a single piece."""
     cdef double lanes[2 * LANES]
     cdef vec s[LANES]

@@ -171,7 +171,8 @@ cdef inline bint in_one_run(const Job *job, const View *v, const Span *t) noexce
             or (v.ndim == 1 and v.channel_stride == job.S * v.itemsize))
 
 
-cdef inline stored *direct(const Job *job, const View *v, const Span *t, stored *buffer, Py_ssize_t *row) noexcept nogil:
+cdef inline stored *direct(const Job *job, const View *v, const Span *t, stored *buffer,
+                           Py_ssize_t *row) noexcept nogil:
     """Where to work on a span, and the distance of its rows: where it lies if it needs no conversion, else the buffer."""
     row[0] = t.lanes
     if v.storage != storage_as(buffer):
@@ -192,7 +193,8 @@ cdef inline stored *target(const Job *job, const View *v, const Span *t, stored 
     return buffer if v.streamed else direct(job, v, t, buffer, &row)
 
 
-cdef inline stored *load_tile(const Job *job, const View *v, const Span *t, stored *buffer, Py_ssize_t *row) noexcept nogil:
+cdef inline stored *load_tile(const Job *job, const View *v, const Span *t, stored *buffer,
+                              Py_ssize_t *row) noexcept nogil:
     cdef stored *tile = direct[stored](job, v, t, buffer, row)
     if tile == buffer:
         move[stored](job, v, t, tile, False)
@@ -248,7 +250,8 @@ cdef inline void forward(const Job *job, Span *t, Py_ssize_t n) noexcept nogil:
         t.s %= job.S
 
 
-cdef inline Py_ssize_t pack(const stored *x, Py_ssize_t row, const Span *t, const uint8_t *mask, stored *tile) noexcept nogil:
+cdef inline Py_ssize_t pack(const stored *x, Py_ssize_t row, const Span *t, const uint8_t *mask,
+                            stored *tile) noexcept nogil:
     """Bring rows, or those that count, together in a tile, and return how many they are."""
     cdef Py_ssize_t r, count = 0
     for r in range(t.rows):
