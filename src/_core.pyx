@@ -145,8 +145,7 @@ cdef cnp.ndarray as_array(value, str name):
     cdef int storage
     if not cnp.PyArray_CheckExact(value):
         if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name} must not be a masked array: pass its data,
-                            and mask=~{name}.mask for the statistics")
+            raise TypeError(f"{name} must not be a masked array: pass its data, and mask=~{name}.mask for the statistics")
         try:
             value = np.asarray(value)
         except ValueError as error:
@@ -261,8 +260,7 @@ cdef cnp.ndarray checked_mask(mask, cnp.ndarray x, int axis):
     try:
         whole = np.broadcast_to(mask, wanted)
     except ValueError:
-        raise ValueError(f"mask must be broadcastable to x with one channel, {tuple(wanted)},
-                         not {mask.shape}") from None
+        raise ValueError(f"mask must be broadcastable to x with one channel, {tuple(wanted)}, not {mask.shape}") from None
     return np.broadcast_to(whole, shape_of(x))
 
 
@@ -444,8 +442,7 @@ cdef settle_types(Job *job):
             weights = empty_row(expanded_size(job, &job.weight), number)
         if not each_has_its_own(job, &job.bias):
             biases = empty_row(expanded_size(job, &job.bias), number)
-        kernel.expand(job, NULL if weights is None else cnp.PyArray_DATA(weights),
-                      NULL if biases is None else cnp.PyArray_DATA(biases))
+        kernel.expand(job, NULL if weights is None else cnp.PyArray_DATA(weights), NULL if biases is None else cnp.PyArray_DATA(biases))
     return weights, biases
 
 
@@ -514,8 +511,7 @@ cdef checked_moments(Job *job, moments, out):
     return moments
 
 
-cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, activation, mask, moments, out,
-                        num_threads):
+cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, activation, mask, moments, out, num_threads):
     """Check what forward and backward have in common. Returns the weight and the bias as arrays, what else must stay
     alive during the call, the number of threads and the moments."""
     cdef Job *job = &call.job
