@@ -235,22 +235,21 @@ cdef inline doubles weight_at(const void *weight, Py_ssize_t i, const stored *_)
         return gn_doubles_of_float(<const float *> weight + i)
 
 
-cdef inline void add_short(const stored *x, const stored *dy, Py_ssize_t n, const void *weights, double mean,
-                           double rstd_of_group,
-                           double *dbias, double *dweight, double *sums) noexcept nogil:
-    """Add each value's share of dbias and dweight, and in LANES lanes weight times these, of a group."""
-    cdef doubles m = gn_all_doubles(mean), rstd = gn_all_doubles(rstd_of_group), v, d, w
+cdef inline void add_short(const stored *x, const stored *dy, const Values *t, double mean, double *dbias, double *dweight,
+                           double *sums) noexcept nogil:
+    """Add each value's share of dbias and dweight, and in LANES lanes weight times these, of one group."""
+    cdef doubles m = gn_all_doubles(mean), rstd = gn_all_doubles(t.rstd[0]), v, d, w
     cdef doubles a[LANES]
     cdef doubles b[LANES]
     cdef double weight
     cdef Py_ssize_t i = 0, j, k, r
     for k in range(LANES // DOUBLES):
         a[k] = b[k] = gn_all_doubles(0)
-    for r in range(n // LANES):
+    for r in range(t.values // LANES):
         for k in range(LANES // DOUBLES):
             v = load(dy + i, m)
             d = v * ((load(x + i, m) - m) * rstd)
-            w = weight_at(weights, i, x)
+            w = weight_at(t.weight, i, x)
             gn_add_doubles(dbias + i, v)
             gn_add_doubles(dweight + i, d)
             a[k] = fma(w, v, a[k])
@@ -259,12 +258,12 @@ cdef inline void add_short(const stored *x, const stored *dy, Py_ssize_t n, cons
     for k in range(LANES // DOUBLES):
         gn_add_doubles(sums + k * DOUBLES, a[k])
         gn_add_doubles(sums + LANES + k * DOUBLES, b[k])
-    for j in range(n % LANES):
-        weight = (<const double *> weights)[i] if stored is double else (<const float *> weights)[i]
+    for j in range(t.values % LANES):
+        weight = (<const double *> t.weight)[i] if stored is double else (<const float *> t.weight)[i]
         dbias[i] += scalar(dy[i])
         sums[j] += weight * scalar(dy[i])
-        dweight[i] += scalar(dy[i]) * ((scalar(x[i]) - mean) * rstd_of_group)
-        sums[LANES + j] += weight * (scalar(dy[i]) * ((scalar(x[i]) - mean) * rstd_of_group))
+        dweight[i] += scalar(dy[i]) * ((scalar(x[i]) - mean) * t.rstd[0])
+        sums[LANES + j] += weight * (scalar(dy[i]) * ((scalar(x[i]) - mean) * t.rstd[0]))
         i += 1
 
 
@@ -305,9 +304,9 @@ cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil
         for g in range(groups):
             i = g * values
             memset(lanes, 0, sizeof(lanes))
-            add_short(x + i, dy + i, values, <const char *> p.a.weight + i * job.weight_size,
-                      known[PIVOT * groups + g], p.rstd[g],
-                      dbias + p.i + i, dweight + p.i + i, lanes)
+            set_group(job, &p, g, 1, values)
+            p.a.weight = p.weights + (p.i + i) * job.weight_size
+            add_short(x + i, dy + i, &p.a, known[PIVOT * groups + g], dbias + p.i + i, dweight + p.i + i, lanes)
             gn_total(lanes, &slopes[2 * g], &slopes[2 * g + 1])
         return
     for g in range(groups):
@@ -317,13 +316,11 @@ cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil
         while next_values(job, &p, &left, scratch, like):
             short_gradient_tile(job, &p, scratch, &x, &dy, like)
             if job.S == 1:
-                add_short(x, dy, p.a.values, p.a.weight, known[PIVOT * groups + g], p.rstd[g], dbias + p.i,
-                          dweight + p.i, lanes)
+                add_short(x, dy, &p.a, known[PIVOT * groups + g], dbias + p.i, dweight + p.i, lanes)
             else:
                 memset(each, 0, p.a.values * sizeof(double))
                 memset(each + SHORT_TILE, 0, p.a.values * sizeof(double))
-                add_short(x, dy, p.a.values, p.a.weight, known[PIVOT * groups + g], p.rstd[g], each, each + SHORT_TILE,
-                          lanes)
+                add_short(x, dy, &p.a, known[PIVOT * groups + g], each, each + SHORT_TILE, lanes)
                 add_by_channel(job, p.i, p.a.values, each, dbias)
                 add_by_channel(job, p.i, p.a.values, each + SHORT_TILE, dweight)
             past_values(job, &p)
