@@ -4,8 +4,8 @@ A large result of PyTorch is mapped anew by glibc at every call, and its page fa
 kernel. Deployments tune that away, or preload tcmalloc or jemalloc, and so does the process of the report, as
 claims compare kernels; there PyTorch has the very arrays that gn_fast has. PyTorch as it comes runs in a
 worker, because `mallopt` acts on a whole process, on arrays that are equal but lie elsewhere: its ratios
-scatter more, on small cases by a factor of two. The rounds are interleaved all the same: everyone has a turn in each. Every result is checked in
-the process where it is timed.
+scatter more, on small cases by a factor of two. The rounds are interleaved all the same: everyone has a turn
+in each. Every result is checked in the process where it is timed.
 """
 
 import ctypes
