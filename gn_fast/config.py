@@ -1,4 +1,4 @@
-"""What gn_fast found on this machine and chose: `show_config`. How it is chosen lives in src/_core.pyx."""
+"""What gn_fast found on this machine and chose: `show_config`. How it is chosen lives in src/isa.pxi, threads.pxi and pool.pxi."""
 
 from importlib.metadata import version
 from typing import Any, Literal, overload

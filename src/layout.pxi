@@ -1,0 +1,116 @@
+# How an array lies in memory: as a kernel sees it, and whether two share memory.
+
+cdef int view(View *v, cnp.ndarray a, int axis) except -1:
+    """See an array as (N, C, *spatial), the spatial dimensions merged where their strides allow it."""
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
+    cdef cnp.npy_intp *stride = cnp.PyArray_STRIDES(a)
+    cdef int d, k = 0
+    v.data = cnp.PyArray_BYTES(a)
+    v.storage = <Storage> storage_of(a)
+    v.itemsize = cnp.PyArray_ITEMSIZE(a)
+    v.sample_stride = stride[0]
+    v.channel_stride = stride[axis]
+    v.streamed = False
+    v.shape[0] = 1
+    v.stride[0] = v.channel_stride
+    for d in range(1, cnp.PyArray_NDIM(a)):
+        if d == axis or shape[d] == 1:
+            continue
+        if k and v.stride[k - 1] == shape[d] * stride[d]:
+            v.shape[k - 1] *= shape[d]
+            v.stride[k - 1] = stride[d]
+        else:
+            v.shape[k] = shape[d]
+            v.stride[k] = stride[d]
+            k += 1
+    v.ndim = max(k, 1)
+    return 0
+
+
+cdef int see_output(Job *job, View *v, cnp.ndarray a, int axis) except -1:
+    """An output, streamed if it is larger than the last level cache."""
+    view(v, a, axis)
+    v.streamed = cnp.PyArray_NBYTES(a) > LAST_LEVEL_BYTES
+    return 0
+
+
+cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
+    """See an argument of x's shape; where `out` overlaps it other than exactly, a copy of it."""
+    cdef cnp.ndarray a = as_array(value, name)
+    if not cnp.PyArray_SAMESHAPE(a, x):
+        raise ValueError(f"{name} must have x's shape {shape_of(x)}, not {shape_of(a)}")
+    if out is not None and not same_places(a, out):
+        a = apart(a, out)
+    view(v, a, axis)
+    return a
+
+
+cdef tuple per_channel(View *v, value, str name, Job *job, out):
+    """See a weight or bias of shape (C,) or (N, C) as an (N, C) array whose channels lie in a row, float32 or float64. Returns it as
+    it was given and as it is seen, which the caller keeps alive."""
+    cdef cnp.ndarray a = as_array(value, name), given = a
+    cdef int ndim = cnp.PyArray_NDIM(a)
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
+    if not (ndim == 1 and shape[0] == job.C or ndim == 2 and shape[0] == job.N and shape[1] == job.C):
+        raise ValueError(f"{name} must have shape ({job.C},) or ({job.N}, {job.C}), not {shape_of(a)}")
+    if storage_of(a) < FLOAT32:
+        a = (<object> a).astype(np.float32, order="C")
+    elif not cnp.PyArray_IS_C_CONTIGUOUS(a):
+        a = (<object> a).copy()
+    else:
+        a = apart(a, out)
+    v.data = cnp.PyArray_BYTES(a)
+    v.storage = <Storage> storage_of(a)
+    v.itemsize = v.channel_stride = cnp.PyArray_ITEMSIZE(a)
+    v.sample_stride = v.itemsize * job.C if ndim == 2 else 0
+    return given, a
+
+
+cdef cnp.ndarray apart(cnp.ndarray a, cnp.ndarray out):
+    """An input that is safe to read while `out` is written: itself, or a copy if they overlap in part."""
+    if out is None or not shared(a, out):
+        return a
+    return (<object> a).copy(order="K")
+
+
+cdef bint shared(cnp.ndarray a, cnp.ndarray b):
+    """Whether they share memory; a case too hard to decide counts as if."""
+    cdef char *a_end
+    cdef char *b_end
+    cdef char *a_start = extent(a, &a_end)
+    cdef char *b_start = extent(b, &b_end)
+    if a_end <= b_start or b_end <= a_start:
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=1000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+cdef char *extent(cnp.ndarray a, char **end):
+    """The first byte of an array, and the byte after its last."""
+    cdef char *start = cnp.PyArray_BYTES(a)
+    cdef Py_ssize_t reach
+    cdef int d
+    end[0] = start
+    if cnp.PyArray_SIZE(a) == 0:
+        return start
+    for d in range(cnp.PyArray_NDIM(a)):
+        reach = (cnp.PyArray_DIMS(a)[d] - 1) * cnp.PyArray_STRIDES(a)[d]
+        if reach < 0:
+            start += reach
+        else:
+            end[0] += reach
+    end[0] += cnp.PyArray_ITEMSIZE(a)
+    return start
+
+
+cdef bint same_places(cnp.ndarray a, cnp.ndarray b):
+    """Whether each element of a lies exactly where b's does: then b is overwritten only after a was read."""
+    cdef int d
+    if cnp.PyArray_BYTES(a) != cnp.PyArray_BYTES(b) or cnp.PyArray_TYPE(a) != cnp.PyArray_TYPE(b):
+        return False
+    for d in range(cnp.PyArray_NDIM(b)):
+        if cnp.PyArray_STRIDES(a)[d] != cnp.PyArray_STRIDES(b)[d] and cnp.PyArray_DIMS(b)[d] > 1:
+            return False
+    return True
