@@ -7,7 +7,7 @@ cdef enum Storage:  # how values lie in memory; kernels compute in float or doub
     BOOL, FLOAT16, BFLOAT16, FLOAT32, FLOAT64
 
 cdef enum Activation:
-    IDENTITY, RELU, SILU, GELU, GELU_TANH, MISH
+    IDENTITY, RELU, LEAKY_RELU, SILU, GELU, GELU_TANH, MISH, HARDSWISH, SIGMOID, TANH
 
 cdef enum:
     MAX_SPATIAL = 62  # NumPy's 64 dimensions less those of samples and channels
@@ -42,6 +42,7 @@ cdef struct Job:  # everything a kernel needs to know of one call
     Py_ssize_t weight_step, bias_step  # bytes from one sample's to the next
     Py_ssize_t weight_size, bias_size  # of each in bytes, or 0 where all are alike
     int activation
+    double leak  # of LEAKY_RELU: its slope below 0
     double eps
     int64_t *count  # the (N, G) statistics: given, wanted, or NULL
     double *mean

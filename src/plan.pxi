@@ -20,6 +20,7 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
     job.count = NULL
     job.mean = job.m2 = NULL
     job.activation = IDENTITY
+    job.leak = 0
     job.channels_last = False
     job.unit_groups = job.units = job.chunks = job.pieces = job.block = 1
     view_x(job, a, num_groups, axis, &call.axis)

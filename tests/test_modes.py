@@ -1,69 +1,152 @@
-"""Every thread computes in the caller's floating-point mode: flush-to-zero and denormals-are-zero are carried
-to the workers for the call and put back, so that any number of threads gives the same bits in either mode.
+"""Every thread computes in the caller's floating-point mode, and afterwards is in its own again.
+
+Modes are what programs set: flush-to-zero and denormals-are-zero for speed, or other directions of rounding.
+A thread's own mode is that of the thread that started it.
 """
 
 import contextlib
 import ctypes
+import itertools
 import platform
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import LAYOUTS, assert_same_bits, in_layout
+from helpers import DTYPES, LAYOUTS, LEVELS, digest, fresh_python, in_layout, name_of
 
 import gn_fast
 
-both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="fenv_t of glibc on x86-64"
+)
 
-glibc = platform.machine() == "x86_64" and platform.libc_ver()[0] == "glibc"
-pytestmark = pytest.mark.skipif(not glibc, reason="how the mode is set is glibc's on x86-64")
+BOTH = 0x8040
+MODES = {"flush-to-zero": 0x8000, "denormals-are-zero": 0x40, "both": BOTH, "up": 0x4000, "towards 0": 0x6000}
+MODE_BITS = 0xFFC0  # of MXCSR: these, and which exceptions trap; the others are the exceptions that occurred
+NORMAL = 0x1F80
 
-FLUSH = 0x8040  # of MXCSR: flush-to-zero and denormals-are-zero
+# From 32768 values on, so that threads share them: units, chunks of one unit, rows, short channels.
+SHAPES = [((3, 6, 45, 47), 3), ((1, 2, 183, 181), 1), ((33, 1024), 8), ((3, 1344, 3, 3), 8)]
+
+
+def libgomp():
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return next((line.split()[-1] for line in lines if "libgomp" in line), None)
+
+
+class Environment(ctypes.Structure):
+    """fenv_t: what the x87 has, and MXCSR."""
+
+    _fields_ = (("x87", ctypes.c_uint32 * 7), ("mxcsr", ctypes.c_uint32))
 
 
 def mode():
-    """MXCSR without its flags: the last four bytes of glibc's fenv_t of 32."""
-    environment = (ctypes.c_uint32 * 8)()
-    ctypes.CDLL("libm.so.6").fegetenv(environment)
-    return environment[7] & 0xFFC0
+    libm, environment = ctypes.CDLL("libm.so.6"), Environment()
+    libm.fegetenv(ctypes.byref(environment))
+    return environment.mxcsr & MODE_BITS
+
+
+def set_mode(bits):
+    libm, environment = ctypes.CDLL("libm.so.6"), Environment()
+    libm.fegetenv(ctypes.byref(environment))
+    environment.mxcsr = bits
+    libm.fesetenv(ctypes.byref(environment))
 
 
 @contextlib.contextmanager
-def flushing():
-    libm = ctypes.CDLL("libm.so.6")
-    before, flushed = ((ctypes.c_uint32 * 8)() for _ in range(2))
-    libm.fegetenv(before)
-    ctypes.memmove(flushed, before, 32)
-    flushed[7] |= FLUSH
-    libm.fesetenv(flushed)
+def in_mode(bits):
+    set_mode(NORMAL | bits)
     try:
         yield
     finally:
-        libm.fesetenv(before)
+        set_mode(NORMAL)
 
 
-def results(x, threads):
-    moments = gn_fast.Moments(np.ones((len(x), 4), int), np.zeros((len(x), 4)), np.ones((len(x), 4)))
-    with gn_fast.num_threads(threads):
-        y = gn_fast.group_norm(x, 4, eps=0.0, moments=moments)
-        dx, _, _ = gn_fast.group_norm_backward(x, x, 4, eps=1.0)
-        return y, dx, gn_fast.group_norm(x, 4, eps=1e-5, activation="silu")
+def problems(dtype, layout):
+    """x, dy, the number of groups and a weight, one of which is near the smallest normal number."""
+    tiny = float(np.finfo(np.float64 if dtype == np.float64 else np.float32).tiny)
+    for shape, num_groups in SHAPES:
+        rng = np.random.default_rng(0)
+        x, dy = (in_layout(rng.standard_normal(shape).astype(dtype), layout) for _ in range(2))
+        weight = rng.standard_normal(shape[1])
+        yield x, dy, num_groups, weight * tiny
+        yield (x * dtype.type(tiny)).astype(dtype), dy, num_groups, weight
+        yield x, (dy * dtype.type(tiny)).astype(dtype), num_groups, weight
 
 
-@both_layouts
-@pytest.mark.parametrize("shape", [(8, 8, 67, 41), (1, 8, 300, 200)], ids=str)
-def test_any_number_of_threads_gives_the_same_bits_in_either_mode(three_processors, shape, layout):
-    tiny = np.random.default_rng(0).uniform(-1e-38, 1e-38, shape).astype(np.float32)  # half of them subnormal
-    x = in_layout(tiny, layout)
-    kept = results(x, 1)
-    with flushing():
-        flushed = results(x, 1)
-    assert (kept[0] != flushed[0]).any()
-    for threads in (2, 3):
-        with flushing():
-            now = results(x, threads)
-            assert mode() & FLUSH == FLUSH
-        for a, b in zip(now, flushed, strict=True):
-            assert_same_bits(a, b, f"flushed, {threads} threads")
-        assert mode() & FLUSH == 0
-        for a, b in zip(results(x, threads), kept, strict=True):  # the workers' mode was put back
-            assert_same_bits(a, b, f"kept, {threads} threads")
+def results(dtype, layout, bits=0, threads=1):
+    found = []
+    for x, dy, num_groups, weight in problems(dtype, layout):
+        for activation in (None, "mish"):
+            with in_mode(bits):
+                same = {"activation": activation, "num_threads": threads}
+                y, m = gn_fast.group_norm(x, num_groups, weight, return_moments=True, **same)
+                gradients = gn_fast.group_norm_backward(dy, x, num_groups, weight, **same)
+                assert mode() == NORMAL | bits, "the caller's mode is left alone"
+            found.append(digest([y, m.mean, m.m2, *gradients]))
+    return found
+
+
+def all_results(bits=0, threads=1):
+    return [results(*which, bits, threads) for which in itertools.product(DTYPES, LAYOUTS)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("bits", MODES.values(), ids=MODES.keys())
+def test_threads_change_nothing_in_any_mode(three_processors, bits, dtype):
+    for level, layout in itertools.product(LEVELS, LAYOUTS):
+        with gn_fast.use_isa(level):
+            one, two, three = (results(dtype, layout, bits, threads) for threads in (1, 2, 3))
+            assert one == two == three, f"{level} {layout}"
+            # What is flushed to 0 is 0 in float16 anyway.
+            assert dtype == np.float16 or one != results(dtype, layout), "the mode makes no difference"
+
+
+# ---- in fresh interpreters, whose workers have seen no other mode ------------------------------------------
+
+
+def process(*steps):
+    """The lines that these steps print."""
+    code = f"""
+    import sys
+    sys.path.insert(0, {str(Path(__file__).parent)!r})
+    from gn_fast import _core
+    from test_modes import *
+    _core._processors = lambda: 3
+    """
+    result = fresh_python("\n".join([textwrap.dedent(code), *steps]))
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+NORMALLY = "print(all_results(threads=3))"
+FLUSHED = "print(all_results(BOTH, threads=3))"
+
+
+def test_a_mode_is_that_of_one_call():
+    """Neither does it stay, nor do workers that were started in it bring it to other calls."""
+    (normal,), (flushed,) = process(NORMALLY), process(FLUSHED)
+    assert normal != flushed
+    assert process(NORMALLY, FLUSHED, NORMALLY) == [normal, flushed, normal]
+    assert process(FLUSHED, NORMALLY, FLUSHED) == [flushed, normal, flushed]
+
+
+def print_modes(call_in):
+    """Of three threads after a call, asked in a parallel region; the caller is back in its normal mode."""
+    with in_mode(call_in):
+        gn_fast.group_norm(np.ones((3, 8, 64, 64), np.float32), 2, num_threads=3)
+    found = []
+    ask = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: found.append(mode() - NORMAL))
+    ctypes.CDLL(libgomp()).GOMP_parallel(ask, None, 3, 0)
+    print(*sorted(found))
+
+
+@pytest.mark.skipif(not libgomp(), reason="asks GCC's OpenMP only")
+def test_workers_are_in_their_own_mode_again():
+    def modes_after(*calls):
+        return process(*(f"print_modes({bits})" for bits in calls))
+
+    assert modes_after(0, BOTH, 0) == ["0 0 0"] * 3
+    assert modes_after(BOTH, 0, BOTH) == [f"0 {BOTH} {BOTH}"] * 3

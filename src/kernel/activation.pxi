@@ -31,31 +31,37 @@ cdef inline vec unity(vec like) noexcept nogil:
     return all_of(2.0**36 if vec is floats else 2.0**200, like)
 
 
-cdef inline vec exp_minus(vec x, vec excess) noexcept nogil:
-    """unity exp(excess - x) for -20 <= x <= 112 (float) or 850 (double)."""
+cdef inline vec exp_parts(vec x, vec excess, vec *t) noexcept nogil:
+    """unity exp(excess - x) for -20 <= x <= 112 (float) or 850 (double), as t + g t."""
     # exp(-x) = 2^n exp(-r) with n = -round(x / ln 2). Adding 1.5 * 2^23 (2^52) rounds and leaves n in the low bits,
     # here with the bias of the exponent and the log of unity, to be shifted into place. ln 2 = high + low (Cody &
     # Waite 1980), high short enough for x + n high to be exact: 16 bits beside 8 of n, 42 beside 11.
     # exp(-r) = 1 - r + r^2 q(r) on |r| <= ln(2)/2, q by Remez exchange for the least relative error of the sum:
     # 2^-28.2 (float), 2^-57.9 (double).
-    cdef vec t, n, r, q
+    cdef vec n, r, q
     if vec is floats:
-        t = fma(x - excess, all_of(-1.4426950408889634, x), all_of(1.5 * 2.0**23 + 127 + 36, x))
-        n = t - all_of(1.5 * 2.0**23 + 127 + 36, x)
+        t[0] = fma(x - excess, all_of(-1.4426950408889634, x), all_of(1.5 * 2.0**23 + 127 + 36, x))
+        n = t[0] - all_of(1.5 * 2.0**23 + 127 + 36, x)
         r = fma(n, all_of(1.4286068203094172e-6, x), fma(n, all_of(45426.0 / 2.0**16, x), x) - excess)
         q = step(step(step(step(all_of(1.38143199e-3, r), r, -8.36885108e-3), r, 4.16684011e-2), r, -1.66665195e-1), r,
                  4.99999934e-1)
-        t = gn_exponent_floats(t)
+        t[0] = gn_exponent_floats(t[0])
     else:
-        t = fma(x - excess, all_of(-1.4426950408889634, x), all_of(1.5 * 2.0**52 + 1023 + 200, x))
-        n = t - all_of(1.5 * 2.0**52 + 1023 + 200, x)
+        t[0] = fma(x - excess, all_of(-1.4426950408889634, x), all_of(1.5 * 2.0**52 + 1023 + 200, x))
+        n = t[0] - all_of(1.5 * 2.0**52 + 1023 + 200, x)
         r = fma(n, all_of(5.4979230187083712e-14, x), fma(n, all_of(3048493539143.0 / 2.0**42, x), x) - excess)
         q = step(step(step(all_of(-2.4999857366796424e-8, r), r, 2.7630523482066208e-7), r, -2.7557588425328419e-6), r,
                  2.4801492388265001e-5)
         q = step(step(step(q, r, -1.9841269502734520e-4), r, 1.3888888944249190e-3), r, -8.3333333334969279e-3)
         q = step(step(step(q, r, 4.1666666666528104e-2), r, -1.6666666666666408e-1), r, 5.0000000000000108e-1)
-        t = gn_exponent_doubles(t)
-    return fma(fma(r * r, q, -r), t, t)
+        t[0] = gn_exponent_doubles(t[0])
+    return fma(r * r, q, -r)
+
+
+cdef inline vec exp_minus(vec x, vec excess) noexcept nogil:
+    cdef vec t, g
+    g = exp_parts(x, excess, &t)
+    return fma(g, t, t)
 
 
 cdef inline void erfcx(vec a, vec *p, vec *q) noexcept nogil:
@@ -186,10 +192,50 @@ cdef inline vec mish_slope(vec z) noexcept nogil:
     return where_at_most(z, z, e * p / (d * d), z)
 
 
-cdef inline vec activated(int kind, vec z) noexcept nogil:
+# The others are made of the same exponential, or of none.
+
+
+cdef inline vec sigmoid(vec z) noexcept nogil:
+    cdef vec a, e
+    e = exp_silu(z, &a)
+    return unfold(z, e / (unity(z) + e))
+
+
+cdef inline vec sigmoid_slope(vec z) noexcept nogil:
+    cdef vec a, e
+    e = exp_silu(z, &a)
+    return e * (unity(z) / ((unity(z) + e) * (unity(z) + e)))
+
+
+cdef inline vec tanh(vec z) noexcept nogil:
+    """(1 - e)/(1 + e), e = exp(-2a), with 1 - e from the parts of e: it cancels nowhere."""
+    cdef vec a = least(all_of(10 if vec is floats else 20, z), absolute(z)), t, g, less
+    g = exp_parts(a + a, all_of(0, z), &t)
+    less = (unity(z) - t) - g * t
+    a = less / (times(2, unity(z)) - less)
+    return where_at_most(absolute(z), all_of(0, z), z, where_at_most(z, all_of(0, z), -a, a))  # -0 stays
+
+
+cdef inline vec tanh_slope(vec z) noexcept nogil:
+    return times(4, sigmoid_slope(z + z))
+
+
+cdef inline vec hardswish(vec z) noexcept nogil:
+    return z * (least(all_of(6, z), relu(z + all_of(3, z))) / all_of(6, z))
+
+
+cdef inline vec hardswish_slope(vec z) noexcept nogil:
+    cdef vec slope = z / all_of(3, z) + all_of(0.5, z)
+    slope = where_at_most(z, all_of(-3, z), all_of(0, z), slope)
+    return where_at_most(all_of(3, z), z, all_of(1, z), slope)
+
+
+cdef inline vec activated(int kind, vec z, vec leak) noexcept nogil:
     """act(z), for a kind known to the compiler."""
     if kind == RELU:
         return relu(z)
+    elif kind == LEAKY_RELU:
+        return where_at_most(z, all_of(0, z), leak * z, z)
     elif kind == SILU:
         return silu(z)
     elif kind == GELU:
@@ -198,17 +244,34 @@ cdef inline vec activated(int kind, vec z) noexcept nogil:
         return gelu_tanh(z)
     elif kind == MISH:
         return mish(z)
+    elif kind == HARDSWISH:
+        return hardswish(z)
+    elif kind == SIGMOID:
+        return sigmoid(z)
+    elif kind == TANH:
+        return tanh(z)
     return z
 
 
-cdef inline vec dy_before(int kind, vec z, vec dy) noexcept nogil:
-    """dy * act'(z), for a kind known to the compiler."""
+cdef inline vec dy_before(int kind, vec z, vec dy, vec leak) noexcept nogil:
+    """dy * act'(z), for a kind known to the compiler. At the kinks and where z is NaN it is PyTorch's."""
+    cdef vec zero = all_of(0, z)
     if kind == RELU:
-        return where_at_most(z, all_of(0, z), all_of(0, z), dy)  # as PyTorch, which lets dy pass where z is NaN
+        return where_at_most(z, zero, zero, dy)
+    elif kind == LEAKY_RELU:
+        return where_at_most(most(z, zero), zero, leak * dy, dy)
     elif kind == SILU:
         return dy * silu_slope(z)
     elif kind == GELU:
         return dy * gelu_slope(z)
     elif kind == GELU_TANH:
         return dy * gelu_tanh_slope(z)
-    return dy * mish_slope(z)
+    elif kind == MISH:
+        return dy * mish_slope(z)
+    elif kind == HARDSWISH:
+        return dy * hardswish_slope(z)
+    elif kind == SIGMOID:
+        return dy * sigmoid_slope(z)
+    elif kind == TANH:
+        return dy * tanh_slope(z)
+    return dy

@@ -5,7 +5,10 @@
 #     dx = dy' * scale - ((x - mean) * slope + constant)    slope = rstd^2 * b, constant = rstd * a
 #
 # The mean is subtracted first: x * scale + (bias - mean * scale) would lose the digits that x and the mean share. What
-# rounding the mean to the compute type leaves out is in shift and constant.
+# rounding the mean to the compute type leaves out is in shift and constant. `other` is the residual, if there is one, or dy'.
+
+cdef enum:
+    DX = 1 << 8  # what is applied, if not an activation
 
 cdef struct Flow:
     bint stream  # y is written past the caches
@@ -14,21 +17,23 @@ cdef struct Flow:
 
 cdef struct Runs:  # channels of a group, so many values of each in a row
     Py_ssize_t channels, values
-    Py_ssize_t xstep, rstep, ystep  # from channel to channel, of x, residual (or dy) and y
+    Py_ssize_t xstep, ostep, ystep  # from channel to channel, of x, the other and y
     double mean, slope, constant
     const double *scale  # of each channel
     const double *shift
+    double leak
     Flow flow
 
 
 cdef struct Grid:  # rows of lanes
     Py_ssize_t rows, lanes
-    Py_ssize_t xrow, rrow, yrow  # from row to row, of x, residual (or dy) and y
+    Py_ssize_t xrow, orow, yrow  # from row to row, of x, the other and y
     void *mean  # of each lane, in the compute type
     void *scale
     void *shift
-    void *slope
+    void *slope  # negative, as the constant is
     void *constant
+    double leak
     Flow flow
 
 
@@ -41,14 +46,23 @@ cdef struct Values:  # of groups with short channels, one behind the other
     const double *constant
     const void *weight  # of each value, in the compute type
     const void *bias
+    double leak
 
 
 cdef inline double in_type(double v, vec like) noexcept nogil:
     return <float> v if vec is floats else v
 
 
-cdef inline vec add_residual(vec z, const stored *residual, Py_ssize_t i) noexcept nogil:
-    return z if residual == NULL else z + load(residual + i, z)
+cdef inline vec activated_sum(int kind, vec z, const stored *residual, Py_ssize_t n, vec leak) noexcept nogil:
+    return activated(kind, z if residual == NULL else z + few_of(residual, n, z), leak)
+
+
+cdef inline vec applied(int kind, const stored *x, const stored *other, Py_ssize_t n, const vec *a) noexcept nogil:
+    """dx, or y, of n values. `a` is mean, scale, shift and the leak; or mean, scale, -slope and -constant."""
+    cdef vec d = few_of(x, n, a[0]) - a[0]
+    if kind == DX:
+        return fma(few_of(other, n, d), a[1], fma(d, a[2], a[3]))
+    return activated_sum(kind, fma(d, a[1], a[2]), other, n, a[3])
 
 
 # ---- runs ------------------------------------------------------------------------------------------
@@ -59,292 +73,347 @@ cdef inline Py_ssize_t before_vector(const stored *y, vec like) noexcept nogil:
     return (gn_before_line(y) % (width(like) * <Py_ssize_t> sizeof(stored))) // <Py_ssize_t> sizeof(stored)
 
 
-cdef inline void affine_run(const stored *x, const stored *residual, stored *y, Py_ssize_t n, vec *a, int activation,
-                            Flow flow) noexcept nogil:
+cdef inline void apply_run(int kind, const stored *x, const stored *other, stored *y, Py_ssize_t n, const vec *a,
+                           Flow flow) noexcept nogil:
     """The values of one channel. The vectors between the first and the last begin where a vector's worth of y does in memory, and
     these two overlap them; all are found before what they read is overwritten, as y may be x."""
     cdef Py_ssize_t w = width(a[0]), i, k
     cdef vec first = a[0], last = a[0]
     if n < w:
-        last = fma(load_some(x, n, a[0]) - a[0], a[1], a[2])
-        if residual != NULL:
-            last = last + load_some(residual, n, a[0])
-        store_some(y, activated(activation, last), n)
+        store_some(y, applied(kind, x, other, n, a), n)
         return
     i = before_vector(y, a[0])
     if i:
-        first = activated(activation, add_residual(fma(load(x, a[0]) - a[0], a[1], a[2]), residual, 0))
+        first = applied(kind, x, other, w, a)
     if (n - i) % w:
-        last = activated(activation, add_residual(fma(load(x + n - w, a[0]) - a[0], a[1], a[2]), residual, n - w))
+        last = applied(kind, x + n - w, after(other, n - w), w, a)
     if i and flow.stream:
         store(y, first, False)
     for k in range((n - i) // w):
         if flow.ahead:
             gn_prefetch(<const char *> (x + i + k * w) + flow.ahead)
-        store(y + i + k * w, activated(activation, add_residual(fma(load(x + i + k * w, a[0]) - a[0], a[1], a[2]),
-                                                                residual, i + k * w)), flow.stream)
+            if kind == DX:
+                gn_prefetch(<const char *> (other + i + k * w) + flow.ahead)
+        store(y + i + k * w, applied(kind, x + i + k * w, after(other, i + k * w), w, a), flow.stream)
     if i and not flow.stream:
         store(y, first, False)
     if (n - i) % w:
         store(y + n - w, last, False)
 
 
-cdef inline void affine_runs_as(const stored *x, const stored *residual, stored *y, const Runs *t, int activation,
-                                Flow flow, vec like) noexcept nogil:
-    cdef vec a[3]
-    cdef Py_ssize_t c
-    a[0] = all_of(t.mean, like)
-    for c in range(t.channels):
-        a[1] = all_of(t.scale[c], like)
-        a[2] = all_of(t.shift[c], like)
-        affine_run(x + c * t.xstep, residual if residual == NULL else residual + c * t.rstep, y + c * t.ystep,
-                   t.values, a, activation, flow)
-
-
-cdef void affine_runs(const stored *x, const stored *residual, stored *y, const Runs *t, int activation,
-                      vec like) noexcept nogil:
-    cdef Flow plain
-    plain.stream = False
-    plain.ahead = 0
-    if activation == IDENTITY and residual == NULL and not t.flow.stream and not t.flow.ahead:
-        affine_runs_as(x, NULL, y, t, IDENTITY, plain, like)  # from a cache: here each test would tell
-    elif activation == IDENTITY:
-        affine_runs_as(x, residual, y, t, IDENTITY, t.flow, like)
-    elif activation == RELU:
-        affine_runs_as(x, residual, y, t, RELU, t.flow, like)
-    elif activation == SILU:
-        affine_runs_as(x, residual, y, t, SILU, t.flow, like)
-    elif activation == GELU:
-        affine_runs_as(x, residual, y, t, GELU, t.flow, like)
-    elif activation == GELU_TANH:
-        affine_runs_as(x, residual, y, t, GELU_TANH, t.flow, like)
-    else:
-        affine_runs_as(x, residual, y, t, MISH, t.flow, like)
-
-
-cdef inline vec dx_at(vec x, vec dy, const vec *a) noexcept nogil:
-    return fma(dy, a[1], fma(x - a[0], a[2], a[3]))
-
-
-cdef inline void dx_run(const stored *x, const stored *dy, stored *dx, Py_ssize_t n, const vec *a,
-                        Flow flow) noexcept nogil:
-    """As affine_run."""
-    cdef Py_ssize_t w = width(a[0]), i, k
-    cdef vec first = a[0], last = a[0]
-    if n < w:
-        store_some(dx, dx_at(load_some(x, n, a[0]), load_some(dy, n, a[0]), a), n)
-        return
-    i = before_vector(dx, a[0])
-    if i:
-        first = dx_at(load(x, a[0]), load(dy, a[0]), a)
-    if (n - i) % w:
-        last = dx_at(load(x + n - w, a[0]), load(dy + n - w, a[0]), a)
-    if i and flow.stream:
-        store(dx, first, False)
-    for k in range((n - i) // w):
-        if flow.ahead:
-            gn_prefetch(<const char *> (x + i + k * w) + flow.ahead)
-            gn_prefetch(<const char *> (dy + i + k * w) + flow.ahead)
-        store(dx + i + k * w, dx_at(load(x + i + k * w, a[0]), load(dy + i + k * w, a[0]), a), flow.stream)
-    if i and not flow.stream:
-        store(dx, first, False)
-    if (n - i) % w:
-        store(dx + n - w, last, False)
-
-
-cdef void dx_runs(const stored *x, const stored *dy, stored *dx, const Runs *t, vec like) noexcept nogil:
+cdef inline void apply_to_runs(int kind, const stored *x, const stored *other, stored *y, const Runs *t, Flow flow,
+                               vec like) noexcept nogil:
     cdef vec a[4]
-    cdef Flow plain
     cdef Py_ssize_t c
-    plain.stream = False
-    plain.ahead = 0
     a[0] = all_of(t.mean, like)
-    a[2] = all_of(-t.slope, like)
-    a[3] = all_of(-t.constant, like)
+    a[2] = all_of(-t.slope if kind == DX else 0, like)
+    a[3] = all_of(-t.constant if kind == DX else t.leak, like)
     for c in range(t.channels):
         a[1] = all_of(t.scale[c], like)
-        if t.flow.stream or t.flow.ahead:
-            dx_run(x + c * t.xstep, dy + c * t.rstep, dx + c * t.ystep, t.values, a, t.flow)
-        else:
-            dx_run(x + c * t.xstep, dy + c * t.rstep, dx + c * t.ystep, t.values, a, plain)
+        if kind != DX:
+            a[2] = all_of(t.shift[c], like)
+        apply_run(kind, x + c * t.xstep, after(other, c * t.ostep), y + c * t.ystep, t.values, a, flow)
 
 
 # ---- rows ------------------------------------------------------------------------------------------
 
 
-cdef inline void affine_band(const stored *x, const stored *residual, stored *y, const Grid *t, Py_ssize_t rows,
-                             int activation, vec like) noexcept nogil:
-    """Some rows, for which the parameters are loaded once."""
-    cdef Py_ssize_t w = width(like), whole = t.lanes // w, rest = t.lanes % w, j = 0, k, r
-    cdef vec mean, scale, shift, z
-    for k in range(whole):
-        mean = lane(t.mean, j, like)
-        scale = lane(t.scale, j, like)
-        shift = lane(t.shift, j, like)
-        for r in range(rows):
-            if t.flow.ahead:
-                gn_prefetch(<const char *> (x + (k * rows + r) * w) + t.flow.ahead)
-            z = fma(load(x + r * t.xrow + j, like) - mean, scale, shift)
-            store(y + r * t.yrow + j, activated(activation, add_residual(z, residual, r * t.rrow + j)), t.flow.stream)
-        j += w
-    if rest:
-        mean = lane(t.mean, j, like)
-        scale = lane(t.scale, j, like)
-        shift = lane(t.shift, j, like)
-        for r in range(rows):
-            z = fma(load_some(x + r * t.xrow + j, rest, like) - mean, scale, shift)
-            if residual != NULL:
-                z = z + load_some(residual + r * t.rrow + j, rest, like)
-            store_some(y + r * t.yrow + j, activated(activation, z), rest)
-
-
-cdef inline void affine_rows_as(const stored *x, const stored *residual, stored *y, const Grid *t, int activation,
-                                vec like) noexcept nogil:
-    cdef Py_ssize_t r
-    for r in range(t.rows // 4):
-        affine_band(x, residual, y, t, 4, activation, like)
-        x += 4 * t.xrow
-        y += 4 * t.yrow
-        residual = residual if residual == NULL else residual + 4 * t.rrow
-    for r in range(t.rows % 4):
-        affine_band(x, residual, y, t, 1, activation, like)
-        x += t.xrow
-        y += t.yrow
-        residual = residual if residual == NULL else residual + t.rrow
-
-
-cdef void affine_rows(const stored *x, const stored *residual, stored *y, const Grid *t, int activation,
-                      vec like) noexcept nogil:
-    if activation == IDENTITY and residual == NULL:
-        affine_rows_as(x, NULL, y, t, IDENTITY, like)
-    elif activation == IDENTITY:
-        affine_rows_as(x, residual, y, t, IDENTITY, like)
-    elif activation == RELU:
-        affine_rows_as(x, residual, y, t, RELU, like)
-    elif activation == SILU:
-        affine_rows_as(x, residual, y, t, SILU, like)
-    elif activation == GELU:
-        affine_rows_as(x, residual, y, t, GELU, like)
-    elif activation == GELU_TANH:
-        affine_rows_as(x, residual, y, t, GELU_TANH, like)
-    else:
-        affine_rows_as(x, residual, y, t, MISH, like)
-
-
-cdef inline void dx_band(const stored *x, const stored *dy, stored *dx, const Grid *t, Py_ssize_t rows,
-                         vec like) noexcept nogil:
-    cdef Py_ssize_t w = width(like), rest = t.lanes % w, j = 0, k, r
+cdef inline void apply_down(int kind, const stored *x, const stored *other, stored *y, const Grid *t, Py_ssize_t rows,
+                            Py_ssize_t j, Py_ssize_t n, vec like) noexcept nogil:
+    """Down some rows of a vector's lanes, of which n are there: the parameters are loaded once."""
     cdef vec a[4]
-    for k in range((t.lanes + w - 1) // w):
-        a[0] = lane(t.mean, j, like)
-        a[1] = lane(t.scale, j, like)
-        a[2] = lane(t.slope, j, like)
-        a[3] = lane(t.constant, j, like)
-        if j + w <= t.lanes:
-            for r in range(rows):
-                store(dx + r * t.yrow + j, dx_at(load(x + r * t.xrow + j, like), load(dy + r * t.rrow + j, like), a),
-                      t.flow.stream)
-        else:
-            for r in range(rows):
-                store_some(dx + r * t.yrow + j, dx_at(load_some(x + r * t.xrow + j, rest, like),
-                                                      load_some(dy + r * t.rrow + j, rest, like), a), rest)
-        j += w
-
-
-cdef void dx_rows(const stored *x, const stored *dy, stored *dx, const Grid *t, vec like) noexcept nogil:
     cdef Py_ssize_t r
-    for r in range(t.rows // 4):
-        dx_band(x, dy, dx, t, 4, like)
-        x += 4 * t.xrow
-        dy += 4 * t.rrow
-        dx += 4 * t.yrow
-    for r in range(t.rows % 4):
-        dx_band(x, dy, dx, t, 1, like)
-        x += t.xrow
-        dy += t.rrow
-        dx += t.yrow
+    a[0] = few_lanes(t.mean, j, n, like)
+    a[1] = few_lanes(t.scale, j, n, like)
+    a[2] = few_lanes(t.slope if kind == DX else t.shift, j, n, like)
+    a[3] = few_lanes(t.constant, j, n, like) if kind == DX else all_of(t.leak, like)
+    for r in range(rows):
+        if t.flow.ahead:  # several rows at once are out of the order of memory: ask for what comes in that order
+            gn_prefetch(<const char *> (x + j * rows + r * n) + t.flow.ahead)
+        store_few(y + r * t.yrow + j, applied(kind, x + r * t.xrow + j, after(other, r * t.orow + j), n, a), n,
+                  t.flow.stream)
+
+
+cdef inline void apply_band(int kind, const stored *x, const stored *other, stored *y, const Grid *t, Py_ssize_t rows,
+                            vec like) noexcept nogil:
+    cdef Py_ssize_t w = width(like), k, whole = t.lanes // w
+    for k in range(whole):
+        apply_down(kind, x, other, y, t, rows, k * w, w, like)
+    if t.lanes % w:
+        apply_down(kind, x, other, y, t, rows, whole * w, t.lanes % w, like)
+
+
+cdef inline void apply_to_rows(int kind, const stored *x, const stored *other, stored *y, const Grid *t,
+                               vec like) noexcept nogil:
+    cdef Py_ssize_t r, fours = t.rows - t.rows % 4
+    for r from 0 <= r < fours by 4:
+        apply_band(kind, x + r * t.xrow, after(other, r * t.orow), y + r * t.yrow, t, 4, like)
+    for r in range(fours, t.rows):
+        apply_band(kind, x + r * t.xrow, after(other, r * t.orow), y + r * t.yrow, t, 1, like)
 
 
 # ---- values ----------------------------------------------------------------------------------------
 
 
-cdef inline void affine_values_as(const stored *x, const stored *residual, stored *y, const Values *t, int activation,
-                                  vec like) noexcept nogil:
-    cdef vec mean, rstd, rest, z
-    cdef Py_ssize_t w = width(like), n = t.values, i = 0, k, g
-    for g in range(t.groups):
-        mean = all_of(t.mean[g], like)
-        rstd = all_of(t.rstd[g], like)
-        rest = all_of(t.rest[g], like)
-        for k in range(n // w):
-            z = fma(fma(load(x + i, like) - mean, rstd, rest), lane(t.weight, i, like), lane(t.bias, i, like))
-            store(y + i, activated(activation, add_residual(z, residual, i)), False)
-            i += w
-        if n % w:
-            z = fma(fma(load_some(x + i, n % w, like) - mean, rstd, rest), some_lanes(t.weight, i, n % w, like),
-                    some_lanes(t.bias, i, n % w, like))
-            if residual != NULL:
-                z = z + load_some(residual + i, n % w, like)
-            store_some(y + i, activated(activation, z), n % w)
-            i += n % w
-
-
-cdef void affine_values(const stored *x, const stored *residual, stored *y, const Values *t, int activation,
-                        vec like) noexcept nogil:
-    if activation == IDENTITY and residual == NULL:
-        affine_values_as(x, NULL, y, t, IDENTITY, like)
-    elif activation == IDENTITY:
-        affine_values_as(x, residual, y, t, IDENTITY, like)
-    elif activation == RELU:
-        affine_values_as(x, residual, y, t, RELU, like)
-    elif activation == SILU:
-        affine_values_as(x, residual, y, t, SILU, like)
-    elif activation == GELU:
-        affine_values_as(x, residual, y, t, GELU, like)
-    elif activation == GELU_TANH:
-        affine_values_as(x, residual, y, t, GELU_TANH, like)
+cdef inline void apply_to_some(int kind, const stored *x, const stored *other, stored *y, const Values *t, vec *a,
+                               Py_ssize_t i, Py_ssize_t n) noexcept nogil:
+    """n values from the i-th on. `a` is mean, rstd, rest and the leak; or mean, rstd, -slope and -constant."""
+    cdef vec w = few_lanes(t.weight, i, n, a[0]), z
+    cdef vec b[4]
+    if kind == DX:
+        b[0] = a[0]
+        b[1] = w * a[1]
+        b[2] = a[2]
+        b[3] = a[3]
+        z = applied(DX, x + i, other + i, n, b)
     else:
-        affine_values_as(x, residual, y, t, MISH, like)
+        z = fma(applied(IDENTITY, x + i, <const stored *> NULL, n, a), w, few_lanes(t.bias, i, n, a[0]))
+        z = activated_sum(kind, z, after(other, i), n, a[3])
+    store_few(y + i, z, n, False)
 
 
-cdef void dx_values(const stored *x, const stored *dy, stored *dx, const Values *t, vec like) noexcept nogil:
+cdef inline void apply_to_values(int kind, const stored *x, const stored *other, stored *y, const Values *t,
+                                 vec like) noexcept nogil:
     cdef vec a[4]
-    cdef Py_ssize_t w = width(like), n = t.values, i = 0, k, g
+    cdef Py_ssize_t w = width(like), i = 0, k, g
     for g in range(t.groups):
         a[0] = all_of(t.mean[g], like)
-        a[2] = all_of(-t.slope[g], like)
-        a[3] = all_of(-t.constant[g], like)
-        for k in range(n // w):
-            a[1] = lane(t.weight, i, like) * all_of(t.rstd[g], like)
-            store(dx + i, dx_at(load(x + i, like), load(dy + i, like), a), False)
+        a[1] = all_of(t.rstd[g], like)
+        a[2] = all_of(-t.slope[g] if kind == DX else t.rest[g], like)
+        a[3] = all_of(-t.constant[g] if kind == DX else t.leak, like)
+        for k in range(t.values // w):
+            apply_to_some(kind, x, other, y, t, a, i, w)
             i += w
-        if n % w:
-            a[1] = some_lanes(t.weight, i, n % w, like) * all_of(t.rstd[g], like)
-            store_some(dx + i, dx_at(load_some(x + i, n % w, like), load_some(dy + i, n % w, like), a), n % w)
-            i += n % w
+        if t.values % w:
+            apply_to_some(kind, x, other, y, t, a, i, t.values % w)
+            i += t.values % w
 
 
-# ---- the activation's gradient ---------------------------------------------------------------------
+# ---- dy' -------------------------------------------------------------------------------------------
 
 
-cdef inline void activate_gradient_as(int kind, const void *z, void *dy, Py_ssize_t n, vec like) noexcept nogil:
-    cdef Py_ssize_t w = width(like), i = 0, k
-    for k in range(n // w):
-        put_lane(dy, i, dy_before(kind, lane(z, i, like), lane(dy, i, like)))
-        i += w
-    if n % w:
-        put_some_lanes(dy, i, dy_before(kind, some_lanes(z, i, n % w, like), some_lanes(dy, i, n % w, like)), n % w)
+cdef inline void apply_slopes(int kind, const stored *z, const stored *dy, stored *to, const Runs *t,
+                              vec like) noexcept nogil:
+    """dy * act'(z) of a tile."""
+    cdef Py_ssize_t w = width(like), i = t.values - t.values % w, k
+    cdef vec leak = all_of(t.leak, like)
+    for k in range(t.values // w):
+        store(to + k * w, dy_before(kind, load(z + k * w, like), load(dy + k * w, like), leak), False)
+    if t.values % w:
+        store_some(to + i, dy_before(kind, few_of(z + i, t.values % w, like), few_of(dy + i, t.values % w, like), leak),
+                   t.values % w)
 
 
-cdef void activate_gradient(int kind, const void *z, void *dy, Py_ssize_t n, vec like) noexcept nogil:
-    """dy <- dy * act'(z), on tiles of the compute type."""
-    if kind == RELU:
-        activate_gradient_as(RELU, z, dy, n, like)
+# ---- the kinds, each with loops of its own ----------------------------------------------------------
+
+cdef enum:
+    RUNS, GRID, VALUES, SLOPES
+
+
+cdef inline void apply_to(int way, int kind, const stored *x, const stored *other, stored *y, const void *t,
+                          vec like) noexcept nogil:
+    cdef const Runs *runs = <const Runs *> t
+    cdef Flow plain
+    if way == GRID:
+        apply_to_rows(kind, x, other, y, <const Grid *> t, like)
+    elif way == VALUES:
+        apply_to_values(kind, x, other, y, <const Values *> t, like)
+    elif way == SLOPES:
+        apply_slopes(kind, x, other, y, runs, like)
+    elif (kind == IDENTITY or kind == DX) and not runs.flow.stream and not runs.flow.ahead:
+        plain.stream = False
+        plain.ahead = 0
+        apply_to_runs(kind, x, other, y, runs, plain, like)  # from a cache: here each test would tell
+    else:
+        apply_to_runs(kind, x, other, y, runs, runs.flow, like)
+
+
+cdef inline void apply_kind(int way, int kind, const stored *x, const stored *other, stored *y, const void *t,
+                            vec like) noexcept nogil:
+    if kind == DX:
+        apply_to(way, DX, x, other, y, t, like)
+    elif kind == IDENTITY and other == NULL:
+        apply_to(way, IDENTITY, x, <const stored *> NULL, y, t, like)
+    elif kind == IDENTITY:
+        apply_to(way, IDENTITY, x, other, y, t, like)
+    elif kind == RELU:
+        apply_to(way, RELU, x, other, y, t, like)
+    elif kind == LEAKY_RELU:
+        apply_to(way, LEAKY_RELU, x, other, y, t, like)
     elif kind == SILU:
-        activate_gradient_as(SILU, z, dy, n, like)
+        apply_to(way, SILU, x, other, y, t, like)
     elif kind == GELU:
-        activate_gradient_as(GELU, z, dy, n, like)
+        apply_to(way, GELU, x, other, y, t, like)
     elif kind == GELU_TANH:
-        activate_gradient_as(GELU_TANH, z, dy, n, like)
+        apply_to(way, GELU_TANH, x, other, y, t, like)
     elif kind == MISH:
-        activate_gradient_as(MISH, z, dy, n, like)
+        apply_to(way, MISH, x, other, y, t, like)
+    elif kind == HARDSWISH:
+        apply_to(way, HARDSWISH, x, other, y, t, like)
+    elif kind == SIGMOID:
+        apply_to(way, SIGMOID, x, other, y, t, like)
+    else:
+        apply_to(way, TANH, x, other, y, t, like)
+
+
+cdef void apply_runs(int kind, const stored *x, const stored *other, stored *y, const Runs *t, vec like) noexcept nogil:
+    apply_kind(RUNS, kind, x, other, y, t, like)
+
+
+cdef void apply_rows(int kind, const stored *x, const stored *other, stored *y, const Grid *t, vec like) noexcept nogil:
+    apply_kind(GRID, kind, x, other, y, t, like)
+
+
+cdef void apply_values(int kind, const stored *x, const stored *other, stored *y, const Values *t,
+                       vec like) noexcept nogil:
+    apply_kind(VALUES, kind, x, other, y, t, like)
+
+
+cdef void activate_gradient(int kind, const stored *z, const stored *dy, stored *to, const Runs *t,
+                            vec like) noexcept nogil:
+    """dy' of a tile of dy, for tiles of the compute type: with an activation, there are no others."""
+    if stored is float or stored is double:
+        apply_kind(SLOPES, kind, z, dy, to, t, like)
+
+
+# ---- tiles -----------------------------------------------------------------------------------------
+
+
+cdef void apply_in(int way, int kind, const stored *x, const stored *other, stored *y, const void *t,
+                   vec like) noexcept nogil:
+    if way == RUNS:
+        apply_runs(kind, x, other, y, <const Runs *> t, like)
+    elif way == GRID:
+        apply_rows(kind, x, other, y, <const Grid *> t, like)
+    else:
+        apply_values(kind, x, other, y, <const Values *> t, like)
+
+
+cdef inline const stored *start_of(const View *v, const Span *t, const stored *_) noexcept nogil:
+    return <const stored *> NULL if v.data == NULL else <const stored *> address(v, t.n, t.c, t.s)
+
+
+cdef inline void read_channels(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, double absent,
+                               double *to) noexcept nogil:
+    cdef const void *p = v.data + n * v.sample_stride + c * v.itemsize
+    cdef Py_ssize_t i
+    if v.data == NULL:
+        for i in range(channels):
+            to[i] = absent
+    elif v.storage == FLOAT32:
+        for i in range(channels):
+            to[i] = (<const float *> p)[i]
+    else:
+        for i in range(channels):
+            to[i] = (<const double *> p)[i]
+
+
+cdef inline bint plain_gradient(const Job *job) noexcept nogil:
+    """Whether dy' is dy."""
+    return job.activation == IDENTITY and job.mask.data == NULL and job.dresidual.data == NULL
+
+
+cdef inline bint nothing_counts(const Job *job, const double *known) noexcept nogil:
+    """Whether nothing counts in one of the unit's groups."""
+    cdef Py_ssize_t g
+    cdef bint none = False
+    for g in range(job.unit_groups):
+        none |= known[COUNT * job.unit_groups + g] == 0
+    return none
+
+
+cdef inline bint plain_dx(const Task *task) noexcept nogil:
+    """Whether dx is of x and dy as they lie in memory."""
+    return plain_gradient(task.job) and not nothing_counts(task.job, task.known)
+
+
+cdef inline const stored *x_of(const Job *job, const Span *t, const Scratch *scratch, const stored *_) noexcept nogil:
+    """x of a tile of the gradient: a copy, if some of it may be cleaned."""
+    if job.mask.data == NULL:
+        return packed(job, &job.x, t, <stored *> scratch.x)
+    read_tile(job, &job.x, t, <stored *> scratch.x)
+    return <stored *> scratch.x
+
+
+cdef void clean(const uint8_t *mask, const stored *dy, stored *values, Py_ssize_t positions,
+                Py_ssize_t lanes) noexcept nogil:
+    """Values of masked positions are 0 where dy is 0: whatever they were, they contribute nothing."""
+    cdef Py_ssize_t i, j
+    for i in range(positions):
+        for j in range(i * lanes, (i + 1) * lanes if mask[i] == 0 else 0):
+            if scalar(dy[j]) == 0:
+                put_value(values + j, 0)
+
+
+cdef const stored *gradient_tile(const Task *task, int way, const Span *t, const stored *x, const void *parameters,
+                                 vec like) noexcept nogil:
+    """dy' of a tile: in scratch, if it is asked for again when dx, which may lie in dy's place, is there."""
+    cdef const Job *job = task.job
+    cdef stored *z = <stored *> task.scratch.y
+    cdef stored *own = <stored *> task.scratch.dy
+    cdef const stored *dy = own
+    cdef const uint8_t *mask = load_mask(job, t[0], task.scratch.mask)
+    cdef Py_ssize_t positions = t.rows if job.channels_last else t.lanes, lanes = t.lanes if job.channels_last else 1
+    cdef Runs runs
+    if job.activation != IDENTITY:
+        apply_in(way, IDENTITY, x, packed(job, &job.residual, t, z), z, parameters, like)
+    if job.activation != IDENTITY or (plain_gradient(job) and job.y.data != job.dy.data):
+        dy = packed(job, &job.dy, t, own)
+    else:
+        read_tile(job, &job.dy, t, own)
+    if job.activation != IDENTITY:
+        if mask != NULL:
+            clean(mask, dy, z, positions, lanes)
+        runs.values = t.rows * t.lanes
+        runs.leak = job.leak
+        activate_gradient(job.activation, z, dy, own, &runs, like)
+        dy = own
+    if mask != NULL:
+        clean(mask, dy, <stored *> x, positions, lanes)
+    return dy
+
+
+cdef void finish_dx(const Task *task, const Span *t, const stored *dy, stored *dx) noexcept nogil:
+    """Write dresidual, and dx where no statistics were moved, as a position did not count or nothing did."""
+    cdef const Job *job = task.job
+    cdef const double *known = task.known
+    cdef const uint8_t *mask = load_mask(job, t[0], task.scratch.mask)
+    cdef Unit u = unit_of(job, task.unit)
+    cdef Py_ssize_t lanes = t.lanes if job.channels_last else 1, positions = t.rows * t.lanes // lanes, i, j, c = -1, g, now
+    cdef double scale = 0
+    cdef bint none = False
+    if job.dresidual.data != NULL:
+        write_tile(job, &job.dresidual, t, dy)
+    if mask == NULL and not nothing_counts(job, known):
+        return
+    for j in range(lanes):
+        for i in range(positions):
+            now = t.c + (j if job.channels_last else (t.s + i) // job.S)
+            if now != c:
+                c = now
+                g = c // job.K - u.first
+                read_channels(&job.weight, t.n, c, 1, 1, &scale)
+                scale *= rstd_of(job, known, u.groups, g)
+                none = known[COUNT * u.groups + g] == 0
+            if none or (mask != NULL and mask[i] == 0):
+                put_value(dx + i * lanes + j, scalar(dy[i * lanes + j]) * scale)
+
+
+cdef void apply_tile(const Task *task, int way, int kind, const Span *t, const void *parameters, const stored *_,
+                     vec like) noexcept nogil:
+    """y or dx of a tile."""
+    cdef const Job *job = task.job
+    cdef const stored *x
+    cdef const stored *other
+    cdef stored *y = target(job, &job.y, t, <stored *> task.scratch.y)
+    if kind == DX:
+        x = x_of(job, t, task.scratch, _)
+        other = gradient_tile(task, way, t, x, parameters, like)
+    else:
+        x = packed(job, &job.x, t, <stored *> task.scratch.x)
+        other = packed(job, &job.residual, t, <stored *> task.scratch.y)
+    apply_in(way, kind, x, other, y, parameters, like)
+    if kind == DX:
+        finish_dx(task, t, other, y)
+    if y == <stored *> task.scratch.y:
+        write_tile(job, &job.y, t, y)

@@ -60,13 +60,22 @@ cdef inline bint in_runs(const Job *job, const View *v, const stored *_) noexcep
 cdef inline bint run_moments(const stored *x, Py_ssize_t n, double *found, Py_ssize_t groups, vec like) noexcept nogil:
     """Of values in a row; returns whether float32 carried them."""
     cdef double sums[2 * LANES]
-    cdef double sum, square, pivot = pivot_of(x, n, like)
+    cdef double sum, square, near, rest, pivot = pivot_of(x, n, like)
+    cdef Py_ssize_t k
     if vec is doubles and n < SMALL:
         add_few(x, n, pivot, sums)
     else:
         memset(sums, 0, sizeof(sums))
         add_values(x, <const stored *> NULL, n, all_of(pivot, like), pivot, sums)
     gn_total(sums, &sum, &square)
+    if stored is double:  # bring the sums of the lanes near 0, exactly, and add them up again
+        near = settled(sum / n, abs(sum / n), like)
+        for k in range(LANES):
+            sums[k] -= near * (n // LANES + (k < n % LANES))
+        gn_total(sums, &rest, &square)
+        square -= near * (sum + rest)
+        sum = rest
+        pivot += near
     put_moments(n, sum, square, pivot, found, groups)
     return vec is doubles or carried(square)
 
@@ -98,7 +107,7 @@ cdef void gathered_moments(const Job *job, Span t, const Scratch *scratch, doubl
     cdef stored *tile = <stored *> scratch.x
     while left > 0:
         t.lanes = n = min(left, BLOCK)
-        move(job, &job.x, &t, tile, False)
+        read_tile(job, &job.x, &t, tile)
         if job.mask.data != NULL:
             n = pack_values(<const stored *> tile, n, load_mask(job, t, scratch.mask), tile)
         if n > 0:
@@ -131,21 +140,6 @@ cdef void channels_first_moments(const Task *task, const stored *_, vec like) no
 
 
 # ---- parameters ------------------------------------------------------------------------------------
-
-
-cdef inline void read_channels(const View *v, Py_ssize_t n, Py_ssize_t c, Py_ssize_t channels, double absent,
-                               double *to) noexcept nogil:
-    cdef const void *p = v.data + n * v.sample_stride + c * v.itemsize
-    cdef Py_ssize_t i
-    if v.data == NULL:
-        for i in range(channels):
-            to[i] = absent
-    elif v.storage == FLOAT32:
-        for i in range(channels):
-            to[i] = (<const float *> p)[i]
-    else:
-        for i in range(channels):
-            to[i] = (<const double *> p)[i]
 
 
 cdef inline bint comfortable(double v) noexcept nogil:
@@ -190,23 +184,33 @@ cdef inline Py_ssize_t steps_of(const View *v, const stored *_) noexcept nogil:
     return v.channel_stride // <Py_ssize_t> sizeof(stored)
 
 
-# ---- y ---------------------------------------------------------------------------------------------
+cdef inline bint sums_carried(double rstd, double mean) noexcept nogil:
+    """Whether float32 may carry a group's gradient: its squares of rstd, too."""
+    return 2.0 ** -40 < rstd < 2.0 ** 40 and comfortable(mean)
 
 
-cdef inline bint runs_directly(const Job *job, const Part *p, const View *v, const stored *_) noexcept nogil:
-    """Whether channels are worked on where they lie: streamed ones are long, as each ends within a line."""
-    return (in_runs(job, &job.x, _) and in_runs(job, v, _) and in_runs(job, &job.y, _)
-            and (not job.y.streamed or (p.values >= STREAMED and job.x.data != job.y.data and v.data != job.y.data)))
+cdef bint group_parameters(const Task *task, const Part *p, double rstd, const double *slopes, Runs *runs,
+                           vec like) noexcept nogil:
+    """The parameters of channels of one group, and whether they are carried. Without slopes, those of y only."""
+    cdef const Job *job = task.job
+    cdef double mean = task.known[PIVOT * job.unit_groups + p.g], rest
+    cdef double *shift = task.scratch.channels + parameters_of(job)
+    cdef bint ok
+    runs.mean = in_type(mean, like)
+    rest = mean - runs.mean if vec is floats else 0
+    runs.scale = task.scratch.channels
+    runs.shift = shift
+    runs.leak = job.leak
+    ok = channel_parameters(job, p, rstd, rest, task.scratch.channels,
+                            NULL if slopes != NULL and job.activation == IDENTITY else shift)
+    if slopes != NULL:
+        runs.slope = rstd * rstd * slopes[2 * p.g + 1]
+        runs.constant = rstd * slopes[2 * p.g] - runs.slope * rest
+        ok &= sums_carried(rstd, mean) and abs(runs.slope) < 2.0 ** 100 and task.known[COUNT * job.unit_groups + p.g] > 0
+    return vec is doubles or (ok and comfortable(mean))
 
 
-cdef inline void set_runs(const Job *job, const Part *p, Runs *runs, const View *v, const stored *_) noexcept nogil:
-    runs.channels = p.channels
-    runs.values = p.values
-    runs.xstep = steps_of(&job.x, _)
-    runs.rstep = steps_of(v, _)
-    runs.ystep = steps_of(&job.y, _)
-    runs.flow.stream = job.y.streamed and p.values >= STREAMED
-    runs.flow.ahead = job.ahead
+# ---- tiles -----------------------------------------------------------------------------------------
 
 
 cdef inline Py_ssize_t whole_lines(Py_ssize_t values, Py_ssize_t itemsize) noexcept nogil:
@@ -232,120 +236,59 @@ cdef inline bint next_channels(const Job *job, const Part *p, Span *t, Runs *run
         runs.shift += runs.channels
     runs.channels = min(whole_lines(p.values, job.y.itemsize), p.c + p.channels - t.c)
     runs.values = min(TILE, p.s + p.values - t.s)
-    runs.xstep = runs.rstep = runs.ystep = runs.values
-    runs.flow.stream = False
-    runs.flow.ahead = 0
+    runs.xstep = runs.ostep = runs.ystep = runs.values
     t.lanes = runs.channels * runs.values
     return t.c < p.c + p.channels
 
 
-cdef void affine_part(const Job *job, const Part *p, Runs *runs, const Scratch *scratch, const stored *_,
-                      vec like) noexcept nogil:
-    """y of some channels, where they lie or tile by tile."""
-    cdef const stored *x = <const stored *> address(&job.x, p.n, p.c, p.s)
-    cdef const stored *residual = NULL
-    cdef stored *y = <stored *> address(&job.y, p.n, p.c, p.s)
-    cdef Py_ssize_t row
+# ---- y and dx --------------------------------------------------------------------------------------
+
+
+cdef inline bint runs_directly(const Job *job, const Part *p, const View *other, const stored *_) noexcept nogil:
+    """Whether channels are worked on where they lie: streamed ones are long, as each ends within a line."""
+    return (in_runs(job, &job.x, _) and in_runs(job, other, _) and in_runs(job, &job.y, _)
+            and (not job.y.streamed or (p.values >= STREAMED and job.x.data != job.y.data and other.data != job.y.data)))
+
+
+cdef void apply_part(const Task *task, int kind, const Part *p, Runs *runs, const stored *_, vec like) noexcept nogil:
+    """y or dx of some channels, where they lie or tile by tile."""
+    cdef const Job *job = task.job
+    cdef const View *other = &job.dy if kind == DX else &job.residual
     cdef Span t = span_of(p)
-    if job.residual.data != NULL:
-        residual = <const stored *> address(&job.residual, p.n, p.c, p.s)
-    if runs_directly(job, p, &job.residual, _):
-        set_runs(job, p, runs, &job.residual, _)
-        affine_runs(x, residual, y, runs, job.activation, like)
+    runs.flow.stream = False
+    runs.flow.ahead = job.ahead if in_runs(job, &job.x, _) else 0
+    if runs_directly(job, p, other, _) and (kind != DX or plain_dx(task)):
+        runs.channels = p.channels
+        runs.values = p.values
+        runs.xstep = steps_of(&job.x, _)
+        runs.ostep = steps_of(other, _)
+        runs.ystep = steps_of(&job.y, _)
+        runs.flow.stream = job.y.streamed
+        apply_runs(kind, start_of(&job.x, &t, _), start_of(other, &t, _), <stored *> start_of(&job.y, &t, _), runs, like)
         return
     runs.values = 0
     while next_channels(job, p, &t, runs):
-        x = load_tile(job, &job.x, &t, <stored *> scratch.x, &row)
-        if residual != NULL:
-            residual = load_tile(job, &job.residual, &t, <stored *> scratch.y, &row)
-        y = target(job, &job.y, &t, <stored *> scratch.y)
-        runs.flow.ahead = job.ahead if x != scratch.x else 0
-        affine_runs(x, residual, y, runs, job.activation, like)
-        if y == <stored *> scratch.y:
-            move(job, &job.y, &t, y, True)
+        apply_tile(task, RUNS, kind, &t, runs, _, like)
 
 
-cdef void channels_first_affine(const Task *task, const stored *_, vec like) noexcept nogil:
+cdef void channels_first_apply(const Task *task, int kind, const stored *_, vec like) noexcept nogil:
     cdef const Job *job = task.job
-    cdef const Scratch *scratch = task.scratch
-    cdef const double *known = task.known
+    cdef const double *slopes = task.known + slopes_at(job) if kind == DX else NULL
+    cdef const double *rstd = rstds(job, task.known, task.scratch)
     cdef Unit u = unit_of(job, task.unit)
     cdef Part p
     cdef Runs runs
-    cdef double mean, rstd
-    cdef double *each_rstd = rstds(job, known, scratch)
     cdef Py_ssize_t g
     for g in range(u.groups):
         p = part_of(job, &u, task.chunk, g)
-        mean = known[PIVOT * u.groups + g]
-        rstd = each_rstd[g]
-        runs.mean = in_type(mean, like)
-        runs.scale = scratch.channels
-        runs.shift = scratch.channels + parameters_of(job)
-        if channel_parameters(job, &p, rstd, mean - runs.mean, scratch.channels,
-                              scratch.channels + parameters_of(job)) and comfortable(mean):
-            affine_part(job, &p, &runs, scratch, _, like)
+        if group_parameters(task, &p, rstd[g], slopes, &runs, like):
+            apply_part(task, kind, &p, &runs, _, like)
         else:
-            channel_parameters(job, &p, rstd, 0, scratch.channels, scratch.channels + parameters_of(job))
-            runs.mean = mean
-            affine_part(job, &p, &runs, scratch, <const double *> NULL, gn_all_doubles(0))
+            group_parameters(task, &p, rstd[g], slopes, &runs, gn_all_doubles(0))
+            apply_part(task, kind, &p, &runs, <const double *> NULL, gn_all_doubles(0))
 
 
-# ---- the gradient ----------------------------------------------------------------------------------
-
-
-cdef inline bint plain_gradient(const Job *job, const stored *_) noexcept nogil:
-    """Whether x and dy can be read where they lie."""
-    return (job.activation == IDENTITY and job.mask.data == NULL and job.dresidual.data == NULL
-            and in_runs(job, &job.x, _) and in_runs(job, &job.dy, _))
-
-
-cdef void gradient_tile(const Job *job, const Span *t, const void *z, const Scratch *scratch, const stored **x,
-                        const stored **dy, vec like) noexcept nogil:
-    """dy' = dy * act'(z) in a tile, in the order of rows. A masked position whose dy' is 0 has an x of 0 then: whatever it was, it
-    contributes nothing."""
-    cdef stored *to = <stored *> scratch.dy
-    cdef stored *clean = <stored *> scratch.x
-    cdef const uint8_t *mask = NULL
-    cdef Py_ssize_t positions = t.rows if job.channels_last else t.lanes, lanes = t.lanes if job.channels_last else 1, i, j
-    move(job, &job.dy, t, to, False)
-    if job.mask.data != NULL:
-        mask = load_mask(job, t[0], scratch.mask)
-        move(job, &job.x, t, clean, False)
-        x[0] = clean
-        if job.activation != IDENTITY:
-            for i in range(positions):
-                for j in range(i * lanes, (i + 1) * lanes if mask[i] == 0 else 0):
-                    if scalar(to[j]) == 0:
-                        put_zero(<stored *> z + j)
-    if job.activation != IDENTITY:
-        activate_gradient(job.activation, z, to, t.rows * t.lanes, like)
-    if job.mask.data != NULL:
-        for i in range(positions):
-            for j in range(i * lanes, (i + 1) * lanes if mask[i] == 0 else 0):
-                if scalar(to[j]) == 0:
-                    put_zero(clean + j)
-    dy[0] = to
-
-
-cdef inline void put_zero(stored *p) noexcept nogil:
-    memset(p, 0, sizeof(stored))
-
-
-cdef void run_gradient(const Job *job, const Span *t, const Runs *runs, const Scratch *scratch, const stored **x,
-                       const stored **dy, vec like) noexcept nogil:
-    """x and dy' of a tile."""
-    cdef const stored *residual = NULL
-    cdef Py_ssize_t row
-    x[0] = load_tile(job, &job.x, t, <stored *> scratch.x, &row)
-    if job.activation == IDENTITY and job.mask.data == NULL and job.dresidual.data == NULL:
-        dy[0] = load_tile(job, &job.dy, t, <stored *> scratch.dy, &row)
-        return
-    if job.activation != IDENTITY:
-        if job.residual.data != NULL:
-            residual = load_tile(job, &job.residual, t, <stored *> scratch.y, &row)
-        affine_runs(x[0], residual, <stored *> scratch.y, runs, IDENTITY, like)
-    gradient_tile(job, t, scratch.y, scratch, x, dy, like)
+# ---- the gradient's sums ---------------------------------------------------------------------------
 
 
 cdef bint centre_sums(Py_ssize_t channels, double rest, double *sum, double *product) noexcept nogil:
@@ -359,16 +302,19 @@ cdef bint centre_sums(Py_ssize_t channels, double rest, double *sum, double *pro
     return none == 0 and 2.0 ** -60 < largest < 2.0 ** 60
 
 
-cdef void sums_part(const Job *job, const Part *p, Runs *runs, double *sum, double *product, const Scratch *scratch,
-                    const stored *_, vec like) noexcept nogil:
+cdef void sums_part(const Task *task, const Part *p, Runs *runs, double *sum, double *product, const stored *_,
+                    vec like) noexcept nogil:
     """The sums of some channels."""
+    cdef const Job *job = task.job
     cdef double lanes[2 * LANES]
     cdef vec mean = all_of(runs.mean, like)
-    cdef const stored *x = <const stored *> address(&job.x, p.n, p.c, p.s)
-    cdef const stored *dy = <const stored *> address(&job.dy, p.n, p.c, p.s)
+    cdef const stored *x
+    cdef const stored *dy
     cdef Py_ssize_t c, i
     cdef Span t = span_of(p)
-    if plain_gradient(job, _):
+    if plain_gradient(job) and in_runs(job, &job.x, _) and in_runs(job, &job.dy, _):
+        x = start_of(&job.x, &t, _)
+        dy = start_of(&job.dy, &t, _)
         for c in range(p.channels):
             sum_channel(x, dy, p.values, mean, runs.mean, sum + c, product + c)
             x += steps_of(&job.x, _)
@@ -376,8 +322,11 @@ cdef void sums_part(const Job *job, const Part *p, Runs *runs, double *sum, doub
         return
     memset(lanes, 0, sizeof(lanes))
     runs.values = 0
+    runs.flow.stream = False
+    runs.flow.ahead = 0
     while next_channels(job, p, &t, runs):
-        run_gradient(job, &t, runs, scratch, &x, &dy, like)
+        x = x_of(job, &t, task.scratch, _)
+        dy = gradient_tile(task, RUNS, &t, x, runs, like)
         c = t.c - p.c
         if runs.values < p.values:  # a part of a channel
             add_values(x, dy, runs.values, mean, runs.mean, lanes)
@@ -390,43 +339,31 @@ cdef void sums_part(const Job *job, const Part *p, Runs *runs, double *sum, doub
                             product + c + i)
 
 
+cdef bint group_sums(const Task *task, const Unit *u, const Part *p, double rstd, const stored *_,
+                     vec like) noexcept nogil:
+    """The sums of one group's channels; returns whether they were carried."""
+    cdef double *sums = task.found + sums_at(task.job) + p.c - u.c
+    cdef double mean = task.known[PIVOT * u.groups + p.g]
+    cdef Runs runs
+    if not sums_carried(rstd, mean) and vec is floats:
+        return False
+    if task.job.activation != IDENTITY and not group_parameters(task, p, rstd, NULL, &runs, like):
+        return False
+    runs.mean = in_type(mean, like)
+    sums_part(task, p, &runs, sums, sums + u.channels, _, like)
+    return centre_sums(p.channels, mean - runs.mean if vec is floats else 0, sums, sums + u.channels) or vec is doubles
+
+
 cdef void channels_first_sums(const Task *task, const stored *_, vec like) noexcept nogil:
     cdef const Job *job = task.job
-    cdef const Scratch *scratch = task.scratch
-    cdef const double *known = task.known
-    cdef double *found = task.found
+    cdef const double *rstd = rstds(job, task.known, task.scratch)
     cdef Unit u = unit_of(job, task.unit)
     cdef Part p
-    cdef Runs runs
-    cdef double mean, rstd
-    cdef double *sums
-    cdef double *each_rstd = rstds(job, known, scratch)
     cdef Py_ssize_t g
-    cdef bint ok
-    runs.xstep = runs.rstep = runs.ystep = 0
-    runs.flow.stream = False
-    runs.flow.ahead = 0
     for g in range(u.groups):
         p = part_of(job, &u, task.chunk, g)
-        mean = known[PIVOT * u.groups + g]
-        rstd = each_rstd[g]
-        runs.mean = in_type(mean, like)
-        runs.scale = scratch.channels
-        runs.shift = scratch.channels + parameters_of(job)
-        sums = found + sums_at(job) + p.c - u.c
-        ok = vec is doubles or (2.0 ** -40 < rstd < 2.0 ** 40 and comfortable(mean))
-        if ok and job.activation != IDENTITY:
-            ok = channel_parameters(job, &p, rstd, mean - runs.mean, scratch.channels,
-                                    scratch.channels + parameters_of(job))
-        if ok:
-            sums_part(job, &p, &runs, sums, sums + u.channels, scratch, _, like)
-            ok = centre_sums(p.channels, mean - runs.mean, sums, sums + u.channels) or vec is doubles
-        if not ok:
-            runs.mean = mean
-            runs.scale = scratch.channels
-            runs.shift = scratch.channels + parameters_of(job)
-            channel_parameters(job, &p, rstd, 0, scratch.channels, scratch.channels + parameters_of(job))
-            sums_part(job, &p, &runs, sums, sums + u.channels, scratch, <const double *> NULL, gn_all_doubles(0))
+        if not group_sums(task, &u, &p, rstd[g], _, like):
+            group_sums(task, &u, &p, rstd[g], <const double *> NULL, gn_all_doubles(0))
 
 
 cdef void settle_sums(const Job *job, Py_ssize_t unit, double *known, const Scratch *scratch) noexcept nogil:
@@ -463,85 +400,3 @@ cdef void add_sums(const Job *job, double *into, const double *other) noexcept n
     cdef Py_ssize_t i
     for i in range(sums_at(job), slopes_at(job) + 2 * job.unit_groups):
         into[i] += other[i]
-
-
-cdef void unmoved(const Job *job, const Unit *u, const Span *t, const stored *dy, stored *dx, const double *known,
-                  const Scratch *scratch) noexcept nogil:
-    """dx where no statistics were moved, as a position did not count or nothing did."""
-    cdef const uint8_t *mask = NULL
-    cdef Py_ssize_t lanes = t.lanes if job.channels_last else 1, positions = t.rows * t.lanes // lanes, i, j, c = -1, g, now
-    cdef double scale = 0
-    cdef bint none = False
-    if job.mask.data != NULL:
-        mask = load_mask(job, t[0], scratch.mask)
-    for j in range(lanes):
-        for i in range(positions):
-            now = t.c + (j if job.channels_last else (t.s + i) // job.S)
-            if now != c:
-                c = now
-                g = c // job.K - u.first
-                read_channels(&job.weight, t.n, c, 1, 1, &scale)
-                scale *= rstd_of(job, known, u.groups, g)
-                none = known[COUNT * u.groups + g] == 0
-            if none or (mask != NULL and mask[i] == 0):
-                if stored is double or stored is float:
-                    dx[i * lanes + j] = <stored> (dy[i * lanes + j] * scale)
-
-
-cdef void dx_part(const Job *job, const Unit *u, const Part *p, Runs *runs, const double *known,
-                  const Scratch *scratch, const stored *_, vec like) noexcept nogil:
-    """dx of some channels, where they lie or tile by tile."""
-    cdef const stored *x = <const stored *> address(&job.x, p.n, p.c, p.s)
-    cdef const stored *dy = <const stored *> address(&job.dy, p.n, p.c, p.s)
-    cdef stored *dx = <stored *> address(&job.y, p.n, p.c, p.s)
-    cdef bint none = known[COUNT * u.groups + p.g] == 0
-    cdef Span t = span_of(p)
-    if plain_gradient(job, _) and runs_directly(job, p, &job.dy, _) and not none:
-        set_runs(job, p, runs, &job.dy, _)
-        dx_runs(x, dy, dx, runs, like)
-        return
-    runs.values = 0
-    while next_channels(job, p, &t, runs):
-        run_gradient(job, &t, runs, scratch, &x, &dy, like)
-        dx = target(job, &job.y, &t, <stored *> scratch.y)
-        dx_runs(x, dy, dx, runs, like)
-        if none or job.mask.data != NULL:
-            unmoved(job, u, &t, dy, dx, known, scratch)
-        if dx == <stored *> scratch.y:
-            move(job, &job.y, &t, dx, True)
-        if job.dresidual.data != NULL:
-            move(job, &job.dresidual, &t, <stored *> dy, True)
-
-
-cdef void channels_first_dx(const Task *task, const stored *_, vec like) noexcept nogil:
-    cdef const Job *job = task.job
-    cdef const Scratch *scratch = task.scratch
-    cdef const double *known = task.known
-    cdef Unit u = unit_of(job, task.unit)
-    cdef const double *slopes = known + slopes_at(job)
-    cdef double *shift
-    cdef double *each_rstd = rstds(job, known, scratch)
-    cdef double mean, rstd
-    cdef Part p
-    cdef Runs runs
-    cdef Py_ssize_t g
-    cdef bint none
-    for g in range(u.groups):
-        p = part_of(job, &u, task.chunk, g)
-        mean = known[PIVOT * u.groups + g]
-        rstd = each_rstd[g]
-        none = known[COUNT * u.groups + g] == 0
-        runs.mean = in_type(mean, like)
-        runs.slope = rstd * rstd * slopes[2 * g + 1]
-        runs.constant = rstd * slopes[2 * g] - runs.slope * (mean - runs.mean)
-        shift = NULL if job.activation == IDENTITY else scratch.channels + parameters_of(job)
-        runs.scale = scratch.channels
-        runs.shift = scratch.channels + parameters_of(job)
-        if (not none and channel_parameters(job, &p, rstd, mean - runs.mean, scratch.channels, shift)
-                and (vec is doubles or (2.0 ** -40 < rstd < 2.0 ** 40 and abs(runs.slope) < 2.0 ** 100 and comfortable(mean)))):
-            dx_part(job, &u, &p, &runs, known, scratch, _, like)
-        else:
-            runs.mean = mean
-            runs.constant = rstd * slopes[2 * g]
-            channel_parameters(job, &p, rstd, 0, scratch.channels, shift)
-            dx_part(job, &u, &p, &runs, known, scratch, <const double *> NULL, gn_all_doubles(0))

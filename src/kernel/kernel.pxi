@@ -28,7 +28,7 @@ include "channels_last.pxi"
 cdef Py_ssize_t doubles_of(const Job *job) noexcept nogil:
     """Of Scratch.channels."""
     if job.channels_last:
-        return 2 * (job.C + LANES) + 7 * lanes_of(job)
+        return 2 * (job.C + LANES) + 9 * lanes_of(job)
     return 2 * SHORT_TILE + 5 * job.unit_groups + LANES if job.S < SHORT else 2 * parameters_of(job) + job.unit_groups + LANES
 
 
@@ -56,30 +56,24 @@ cdef enum:
 
 
 cdef inline void staged(int stage, const Task *task, const stored *_, vec like) noexcept nogil:
-    cdef bint narrow = task.job.S < SHORT
-    if task.job.channels_last:
-        if stage == MOMENTS:
-            channels_last_moments(task, _, like)
-        elif stage == AFFINE:
-            channels_last_affine(task, _, like)
-        elif stage == SUMS:
-            channels_last_sums(task, _, like)
-        else:
-            channels_last_dx(task, _, like)
+    cdef int kind = DX if stage == GRADIENT else task.job.activation
+    cdef bint channels_last = task.job.channels_last, short = task.job.S < SHORT
+    if stage == MOMENTS and channels_last:
+        channels_last_moments(task, _, like)
     elif stage == MOMENTS:
         channels_first_moments(task, _, like)
-    elif narrow and stage == AFFINE:
-        short_affine(task, _, like)
-    elif narrow and stage == SUMS:
+    elif stage == SUMS and channels_last:
+        channels_last_sums(task, _, like)
+    elif stage == SUMS and short:
         short_sums(task, _, like)
-    elif narrow:
-        short_dx(task, _, like)
-    elif stage == AFFINE:
-        channels_first_affine(task, _, like)
     elif stage == SUMS:
         channels_first_sums(task, _, like)
+    elif channels_last:
+        channels_last_apply(task, kind, _, like)
+    elif short:
+        short_apply(task, kind, _, like)
     else:
-        channels_first_dx(task, _, like)
+        channels_first_apply(task, kind, _, like)
 
 
 cdef inline void typed(int stage, const Task *task, Storage storage) noexcept nogil:

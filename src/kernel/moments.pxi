@@ -7,6 +7,18 @@ cdef enum:
     SAMPLES = 4  # times LANES values, or rows, are averaged for a pivot: half a standard deviation from the mean is as good as none
 
 
+cdef inline double sum_of(double a, double b, double *rest) noexcept nogil:
+    """a + b and what its rounding leaves out (Knuth, TAOCP 2, 4.2.2)."""
+    cdef double sum = a + b, part = sum - a
+    rest[0] = (a - (sum - part)) + (b - part)
+    return sum
+
+
+cdef inline void put_mean(double pivot, double shift, double *found, Py_ssize_t groups) noexcept nogil:
+    """A mean as its nearest float64 and what that leaves out."""
+    found[PIVOT * groups] = sum_of(pivot, shift, found + SHIFT * groups)
+
+
 cdef inline void merge_group(double *into, const double *other, Py_ssize_t n, Py_ssize_t m) noexcept nogil:
     """Merge the moments of a group, one of n, with others, one of m: Chan, Golub and LeVeque (1983)."""
     cdef double count = into[COUNT * n], other_count = other[COUNT * m], share, delta
@@ -14,9 +26,9 @@ cdef inline void merge_group(double *into, const double *other, Py_ssize_t n, Py
     into[PIVOT * n] = other[PIVOT * m] if count == 0 else into[PIVOT * n]
     delta = (other[PIVOT * m] - into[PIVOT * n]) + (other[SHIFT * m] - into[SHIFT * n])
     delta = delta if other_count > 0 else 0
-    into[SHIFT * n] += delta * share
     into[M2 * n] += other[M2 * m] + delta * delta * (count * share)
     into[COUNT * n] = count + other_count
+    put_mean(into[PIVOT * n], into[SHIFT * n] + delta * share, into, n)
 
 
 cdef void merge(const Job *job, double *into, const double *other) noexcept nogil:
@@ -26,26 +38,22 @@ cdef void merge(const Job *job, double *into, const double *other) noexcept nogi
         merge_group(into + g, other + g, job.unit_groups, job.unit_groups)
 
 
-cdef inline void put_moments(double count, double sum, double square, double pivot, double *found,
-                             Py_ssize_t groups) noexcept nogil:
-    """Of one group, from its sums about a pivot."""
-    cdef double shift = sum / max(count, 1.0)
-    found[COUNT * groups] = count
-    found[PIVOT * groups] = pivot
-    found[SHIFT * groups] = shift
-    found[M2 * groups] = square - sum * shift
-
-
 cdef inline bint carried(double sum_of_squares) noexcept nogil:
     """Whether float32 carries squares that add up to this without loss to under- or overflow."""
     return 2.0 ** -80 < sum_of_squares < 2.0 ** 120
 
 
+cdef inline double above(double size, vec like) noexcept nogil:
+    """What is added and taken off again to round a pivot: to the spacing of float32 four times as large as the data, and to some 36
+    bits of float64. Then x - p is exact or its error is random: with lower bits of its own a pivot would shift all x of one binade
+    by the same error, which no average removes. In float64 the products of pivots and counts are exact too, and so are the squares
+    of x - p of a constant."""
+    return 4 * min(size, 1e37) if vec is floats else 2.0 ** 17 * min(size, 1e290)
+
+
 cdef inline vec on_grid(vec p, vec size) noexcept nogil:
-    """A pivot rounded to the spacing of numbers four times as large as the data: then x - p is exact or its error is random.
-    With lower bits of its own it would shift all x of one binade by the same error, which no average removes."""
-    cdef vec above = times(4, least(size, all_of(1e37, p)))
-    return (p + above) - above
+    cdef vec more = times(above(1, p), least(size, all_of(1e37 if vec is floats else 1e290, p)))
+    return (p + more) - more
 
 
 cdef inline vec middle(vec a, vec b, vec c, vec d) noexcept nogil:
@@ -59,19 +67,29 @@ cdef inline vec size_of(vec a, vec b, vec c, vec d) noexcept nogil:
     return (times(0.25, absolute(a)) + times(0.25, absolute(b))) + (times(0.25, absolute(c)) + times(0.25, absolute(d)))
 
 
-cdef inline double settled(double *sums, double share, vec like) noexcept nogil:
-    """A pivot from sums of x and of |x|, of which it is that share; on_grid for a scalar."""
-    cdef double mean, size
-    cdef float above
-    gn_total(sums, &mean, &size)
-    mean *= share
-    size *= 4 * share
+cdef inline double settled(double p, double size, vec like) noexcept nogil:
+    """on_grid for a scalar."""
+    cdef double more = above(size, like)
     if vec is floats:
-        above = <float> min(size, 4e37)
-        return (<float> mean + above) - above
+        return (<float> p + <float> more) - <float> more
     else:
-        size = min(size, 4e37)
-        return (mean + size) - size
+        return (p + more) - more
+
+
+cdef inline void put_moments(double count, double sum, double square, double pivot, double *found,
+                             Py_ssize_t groups) noexcept nogil:
+    """Of one group, from its sums about a pivot."""
+    cdef double shift = sum / max(count, 1.0)
+    found[COUNT * groups] = count
+    found[M2 * groups] = square - sum * shift
+    put_mean(pivot, shift, found, groups)
+
+
+cdef inline double settled_sums(double *sums, double share, vec like) noexcept nogil:
+    """A pivot from sums of x and of |x|, of which it is that share."""
+    cdef double mean, size
+    gn_total(sums, &mean, &size)
+    return settled(mean * share, size * share, like)
 
 
 cdef inline double pivot_of_rows(const stored *x, Py_ssize_t stride, vec like) noexcept nogil:
@@ -87,7 +105,7 @@ cdef inline double pivot_of_rows(const stored *x, Py_ssize_t stride, vec like) n
         put_lanes(sums + k * width(like), middle(a, b, c, d))
         put_lanes(sums + LANES + k * width(like), size_of(a, b, c, d))
         x += width(like)
-    return settled(sums, 1.0 / LANES, like)
+    return settled_sums(sums, 1.0 / LANES, like)
 
 
 cdef inline double pivot_of_few(const stored *x, Py_ssize_t n, vec like) noexcept nogil:
@@ -98,7 +116,7 @@ cdef inline double pivot_of_few(const stored *x, Py_ssize_t n, vec like) noexcep
     for i in range(n):
         sums[i % LANES] += scalar(x[i]) / n
         sums[LANES + i % LANES] += abs(scalar(x[i])) / n
-    return settled(sums, 1, like)
+    return settled_sums(sums, 1, like)
 
 
 cdef inline double pivot_of(const stored *x, Py_ssize_t n, vec like) noexcept nogil:

@@ -98,11 +98,11 @@ cdef inline void add_values(const stored *x, const stored *v, Py_ssize_t n, vec 
     for k in range(n // PIECE):
         add_piece(x, v, PIECE // LANES, p, sums)
         x += PIECE
-        v = v if v == NULL else v + PIECE
+        v = after(v, PIECE)
     n %= PIECE
     add_piece(x, v, n // LANES, p, sums)
     k = n - n % LANES
-    add_rest(x + k, v if v == NULL else v + k, n % LANES, pivot, sums, sums + LANES)
+    add_rest(x + k, after(v, k), n % LANES, pivot, sums, sums + LANES)
 
 
 cdef inline void sum_channel(const stored *x, const stored *v, Py_ssize_t n, vec p, double pivot, double *sum,
@@ -132,47 +132,45 @@ cdef struct Rows:  # of channels-last: values of some lanes, `row` apart
     const void *pivot  # of each lane, in the compute type
     double *sum  # of each lane
     double *product
+    double *sum_low  # what rounding left out of these, of float64
+    double *product_low
     Py_ssize_t ahead
 
 
-cdef inline vec some_of(const stored *p, Py_ssize_t n, vec like) noexcept nogil:
-    return load(p, like) if n == width(like) else load_some(p, n, like)
+cdef inline void add_lanes_exactly(double *sums, double *low, doubles v) noexcept nogil:
+    """Add to sums and keep what rounding leaves out (Neumaier 1974, in the form of Knuth, TAOCP 2, 4.2.2)."""
+    cdef doubles before = gn_doubles_of_double(sums), sum = before + v, part = sum - before
+    gn_doubles_to_double(sums, sum, False)
+    gn_add_doubles(low, (before - (sum - part)) + (v - part))
 
 
 cdef inline void add_down(const stored *x, const stored *v, const Rows *t, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n,
                           vec like) noexcept nogil:
     """Down some rows of a vector's lanes, of which n are there. Even and odd rows are added up side by side."""
-    cdef vec p = lane(t.pivot, j, like) if n == width(like) else some_lanes(t.pivot, j, n, like)
+    cdef vec p = some_lanes(t.pivot, j, n, like), d
     cdef vec sum[2]
     cdef vec product[2]
-    cdef vec d
-    cdef Py_ssize_t r, k
+    cdef Py_ssize_t r
     sum[0] = sum[1] = product[0] = product[1] = all_of(0, like)
-    x += j
-    v = v if v == NULL else v + j
-    for r in range(rows // 2):
-        for k in range(2):
-            d = some_of(x, n, like) - p
-            add_pair(d if v == NULL else some_of(v, n, like), d, &sum[k], &product[k])
-            x += t.row
-            v = v if v == NULL else v + t.dyrow
-    if rows % 2:
-        d = some_of(x, n, like) - p
-        add_pair(d if v == NULL else some_of(v, n, like), d, &sum[0], &product[0])
-    add_lanes(t.sum + j, sum[0] + sum[1])
-    add_lanes(t.product + j, product[0] + product[1])
+    for r in range(rows):
+        if t.ahead:  # several rows at once are out of the order of memory: ask for what comes in that order
+            gn_prefetch(<const char *> (x + j * rows + r * n) + t.ahead)
+        d = some_of(x + r * t.row + j, n, like) - p
+        add_pair(d if v == NULL else some_of(v + r * t.dyrow + j, n, like), d, &sum[r % 2], &product[r % 2])
+    if vec is floats:
+        add_lanes(t.sum + j, sum[0] + sum[1])
+        add_lanes(t.product + j, product[0] + product[1])
+    else:
+        add_lanes_exactly(t.sum + j, t.sum_low + j, sum[0] + sum[1])
+        add_lanes_exactly(t.product + j, t.product_low + j, product[0] + product[1])
 
 
 cdef inline void add_step(const stored *x, const stored *v, const Rows *t, Py_ssize_t rows, vec like) noexcept nogil:
-    cdef Py_ssize_t k, r, whole = t.lanes // width(like), j
+    cdef Py_ssize_t k, w = width(like), whole = t.lanes // w
     for k in range(whole):
-        if t.ahead:  # several rows at once are out of the order of memory: ask for what comes in that order
-            for r in range(rows):
-                gn_prefetch(<const char *> (x + k * rows * width(like) + r * width(like)) + t.ahead)
-        add_down(x, v, t, rows, k * width(like), width(like), like)
-    j = whole * width(like)
-    if j < t.lanes:
-        add_down(x, v, t, rows, j, t.lanes - j, like)
+        add_down(x, v, t, rows, k * w, w, like)
+    if t.lanes % w:
+        add_down(x, v, t, rows, whole * w, t.lanes % w, like)
 
 
 cdef inline void add_rows(const stored *x, const stored *v, const Rows *t, vec like) noexcept nogil:
@@ -181,7 +179,7 @@ cdef inline void add_rows(const stored *x, const stored *v, const Rows *t, vec l
     while left >= 2 * STEP:
         add_step(x, v, t, STEP, like)
         x += STEP * t.row
-        v = v if v == NULL else v + STEP * t.dyrow
+        v = after(v, STEP * t.dyrow)
         left -= STEP
     if left == STEP:
         add_step(x, v, t, STEP, like)

@@ -30,36 +30,47 @@ cdef inline double scalar(stored v) noexcept nogil:
         return v
 
 
-cdef void widen(Storage storage, const void *memory, real *tile, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t j
-    if storage == FLOAT16:
-        for j in range(n):
-            tile[j] = <real> gn_from_half((<const half *> memory)[j])
-    elif storage == BFLOAT16:
-        for j in range(n):
-            tile[j] = <real> gn_from_bfloat((<const bfloat *> memory)[j])
-    elif storage == FLOAT32:
-        for j in range(n):
-            tile[j] = <real> (<const float *> memory)[j]
+cdef inline void put_value(stored *p, double v) noexcept nogil:
+    if stored is half:
+        p[0] = gn_to_half(<float> v)
+    elif stored is bfloat:
+        p[0] = gn_to_bfloat(<float> v)
     else:
-        for j in range(n):
-            tile[j] = <real> (<const double *> memory)[j]
+        p[0] = <stored> v
+
+
+cdef inline void widen_from(const stored *memory, real *tile, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        tile[j] = <real> scalar(memory[j])
+
+
+cdef inline void narrow_to(stored *memory, const real *tile, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t j
+    for j in range(n):
+        put_value(memory + j, tile[j])
+
+
+cdef void widen(Storage storage, const void *memory, real *tile, Py_ssize_t n) noexcept nogil:
+    if storage == FLOAT16:
+        widen_from(<const half *> memory, tile, n)
+    elif storage == BFLOAT16:
+        widen_from(<const bfloat *> memory, tile, n)
+    elif storage == FLOAT32:
+        widen_from(<const float *> memory, tile, n)
+    else:
+        widen_from(<const double *> memory, tile, n)
 
 
 cdef void narrow(Storage storage, const real *tile, void *memory, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t j
     if storage == FLOAT16:
-        for j in range(n):
-            (<half *> memory)[j] = gn_to_half(<float> tile[j])
+        narrow_to(<half *> memory, tile, n)
     elif storage == BFLOAT16:
-        for j in range(n):
-            (<bfloat *> memory)[j] = gn_to_bfloat(<float> tile[j])
+        narrow_to(<bfloat *> memory, tile, n)
     elif storage == FLOAT32:
-        for j in range(n):
-            (<float *> memory)[j] = <float> tile[j]
+        narrow_to(<float *> memory, tile, n)
     else:
-        for j in range(n):
-            (<double *> memory)[j] = <double> tile[j]
+        narrow_to(<double *> memory, tile, n)
 
 
 # Values move in the type they have: another of the same size would break C's aliasing rule.
@@ -141,25 +152,47 @@ cdef void write_run(const View *v, char *p, Py_ssize_t stride, const stored *til
             put_run(v, p + i * stride, stride, packet, min(n - i, PACKET))
 
 
-cdef void move(const Job *job, const View *v, const Span *t, stored *tile, bint store) noexcept nogil:
-    """Walk the runs of equal stride that make up a span, reading them into the tile or writing them from it."""
-    cdef Py_ssize_t inner = v.shape[v.ndim - 1], stride = v.stride[v.ndim - 1], total = t.rows * t.lanes
-    cdef Py_ssize_t c = t.c, s = t.s, done = 0, run
-    cdef bint flat = v.ndim == 1 and v.channel_stride == job.S * stride
+cdef inline void forward(const Job *job, Span *t, Py_ssize_t n) noexcept nogil:
+    """Move the start of a span on by so many positions, in channels-first from channel to channel."""
+    t.s += n
+    if t.s >= job.S and not job.channels_last:
+        t.c += t.s // job.S
+        t.s %= job.S
+
+
+cdef inline Py_ssize_t step_of(const Job *job, const View *v) noexcept nogil:
+    """Bytes from value to value of a run."""
+    return v.channel_stride if job.channels_last else v.stride[v.ndim - 1]
+
+
+cdef inline Py_ssize_t run_at(const Job *job, const View *v, const Span *t, Py_ssize_t s, Py_ssize_t left) noexcept nogil:
+    """How many of the values left of a span, from position s on, are a step apart."""
+    cdef Py_ssize_t inner = v.shape[v.ndim - 1]
     if job.channels_last:
-        stride = v.channel_stride
-        flat = v.ndim == 1 and v.stride[0] == t.lanes * stride
-    while done < total:
-        run = total if flat else t.lanes if job.channels_last else min(total - done, inner - s % inner)
-        if store:
-            write_run[stored](v, address(v, t.n, c, s), stride, tile + done, run)
-        else:
-            read_run[stored](v, address(v, t.n, c, s), stride, tile + done, run)
-        done += run
-        s += 1 if job.channels_last else run
-        if s == job.S and not job.channels_last:
-            s = 0
-            c += 1
+        return left if v.ndim == 1 and v.stride[0] == t.lanes * v.channel_stride else t.lanes
+    return left if v.ndim == 1 and v.channel_stride == job.S * v.stride[0] else min(left, inner - s % inner)
+
+
+cdef void read_tile(const Job *job, const View *v, const Span *t, stored *tile) noexcept nogil:
+    cdef Py_ssize_t left = t.rows * t.lanes, run
+    cdef Span at = t[0]
+    while left > 0:
+        run = run_at(job, v, t, at.s, left)
+        read_run(v, address(v, at.n, at.c, at.s), step_of(job, v), tile, run)
+        tile += run
+        left -= run
+        forward(job, &at, 1 if job.channels_last else run)
+
+
+cdef void write_tile(const Job *job, const View *v, const Span *t, const stored *tile) noexcept nogil:
+    cdef Py_ssize_t left = t.rows * t.lanes, run
+    cdef Span at = t[0]
+    while left > 0:
+        run = run_at(job, v, t, at.s, left)
+        write_run(v, address(v, at.n, at.c, at.s), step_of(job, v), tile, run)
+        tile += run
+        left -= run
+        forward(job, &at, 1 if job.channels_last else run)
 
 
 cdef inline bint in_one_run(const Job *job, const View *v, const Span *t) noexcept nogil:
@@ -190,14 +223,27 @@ cdef inline stored *direct(const Job *job, const View *v, const Span *t, stored 
 cdef inline stored *target(const Job *job, const View *v, const Span *t, stored *buffer) noexcept nogil:
     """Where to write a span's values: where they shall lie, unless they are to be converted, scattered or streamed from the buffer."""
     cdef Py_ssize_t row
-    return buffer if v.streamed else direct(job, v, t, buffer, &row)
+    return buffer if v.streamed or job.channels_last else direct(job, v, t, buffer, &row)
 
 
-cdef inline stored *load_tile(const Job *job, const View *v, const Span *t, stored *buffer,
-                              Py_ssize_t *row) noexcept nogil:
-    cdef stored *tile = direct[stored](job, v, t, buffer, row)
-    if tile == buffer:
-        move[stored](job, v, t, tile, False)
+cdef inline const stored *load_tile(const Job *job, const View *v, const Span *t, stored *buffer,
+                                    Py_ssize_t *row) noexcept nogil:
+    """A span's values, where they lie or in the buffer; NULL for an array that is absent."""
+    cdef const stored *tile = NULL
+    if v.data != NULL:
+        tile = direct(job, v, t, buffer, row)
+        if tile == buffer:
+            read_tile(job, v, t, buffer)
+    return tile
+
+
+cdef inline const stored *packed(const Job *job, const View *v, const Span *t, stored *buffer) noexcept nogil:
+    """The same, with rows one behind the other."""
+    cdef Py_ssize_t row = 0
+    cdef const stored *tile = load_tile(job, v, t, buffer, &row)
+    if row != t.lanes and tile != NULL:
+        pack(tile, row, t, NULL, buffer)
+        return buffer
     return tile
 
 
@@ -205,9 +251,12 @@ cdef inline stored *load_tile(const Job *job, const View *v, const Span *t, stor
 
 
 cdef const uint8_t *load_mask(const Job *job, Span t, uint8_t *buffer) noexcept nogil:
-    """The mask of the positions of a span, or of its values in channels-first."""
+    """The mask of the positions of a span, or of its values in channels-first; NULL if there is none."""
     cdef const View *v = &job.mask
-    cdef Py_ssize_t done = 0, inner = v.shape[v.ndim - 1], run, positions = t.rows if job.channels_last else t.lanes
+    cdef Py_ssize_t done = 0, inner, run, positions = t.rows if job.channels_last else t.lanes
+    if v.data == NULL:
+        return NULL
+    inner = v.shape[v.ndim - 1]
     t.lanes = positions
     if in_one_run(job, v, &t) and (not job.channels_last or v.ndim == 1):
         return <const uint8_t *> address(v, t.n, t.c, t.s)
@@ -218,36 +267,7 @@ cdef const uint8_t *load_mask(const Job *job, Span t, uint8_t *buffer) noexcept 
         t.s += run
         if t.s == job.S:
             t.s = 0
-            t.c += 1
     return buffer
-
-
-cdef Py_ssize_t counted(const Job *job, Span t, Py_ssize_t enough, uint8_t *buffer) noexcept nogil:
-    """How many positions of a span count (in channels-first: values), or at least `enough`."""
-    cdef Py_ssize_t count = 0, n = t.rows if job.channels_last else t.lanes, total, j
-    cdef const uint8_t *mask
-    if job.mask.data == NULL:
-        return n
-    while n > 0 and count < enough:
-        total = min(n, TILE)
-        if job.channels_last:
-            t.rows = total
-        else:
-            t.lanes = total
-        mask = load_mask(job, t, buffer)
-        for j in range(total):
-            count += mask[j] != 0
-        n -= total
-        forward(job, &t, total)
-    return count
-
-
-cdef inline void forward(const Job *job, Span *t, Py_ssize_t n) noexcept nogil:
-    """Move the start of a span on by so many positions, in channels-first from channel to channel."""
-    t.s += n
-    if t.s >= job.S and not job.channels_last:
-        t.c += t.s // job.S
-        t.s %= job.S
 
 
 cdef inline Py_ssize_t pack(const stored *x, Py_ssize_t row, const Span *t, const uint8_t *mask,

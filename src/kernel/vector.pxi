@@ -152,6 +152,11 @@ cdef inline void store(stored *p, vec v, bint stream) noexcept nogil:
             gn_doubles_to_double(p, v, stream)
 
 
+cdef inline const stored *after(const stored *p, Py_ssize_t i) noexcept nogil:
+    """The values from the i-th on, if there are any."""
+    return p if p == NULL else p + i
+
+
 cdef inline vec load_some(const stored *p, Py_ssize_t n, vec like) noexcept nogil:
     """Fewer values than a vector has; the others are 0."""
     cdef stored full[16]
@@ -166,12 +171,46 @@ cdef inline void store_some(stored *p, vec v, Py_ssize_t n) noexcept nogil:
     memcpy(p, full, n * sizeof(stored))
 
 
-cdef inline vec lane(const void *parameters, Py_ssize_t i, vec like) noexcept nogil:
-    """From the i-th on of an array of the compute type."""
-    if vec is floats:
-        return gn_floats_of_float(<const float *> parameters + i)
+# Of so many values: a vector, if that is what n is known to be, or fewer.
+
+cdef inline vec some_of(const stored *p, Py_ssize_t n, vec like) noexcept nogil:
+    return load(p, like) if n == width(like) else load_some(p, n, like)
+
+
+cdef inline vec few_of(const stored *p, Py_ssize_t n, vec like) noexcept nogil:
+    """The same for what is applied: in place of those that are absent is one that is there, so that what is made of them raises
+    nothing."""
+    cdef stored full[16]
+    cdef Py_ssize_t j
+    if n == width(like):
+        return load(p, like)
+    for j in range(width(like)):
+        full[j] = p[0]
+    memcpy(full, p, n * sizeof(stored))
+    return load(<const stored *> full, like)
+
+
+cdef inline void store_few(stored *p, vec v, Py_ssize_t n, bint stream) noexcept nogil:
+    if n == width(v):
+        store(p, v, stream)
     else:
-        return gn_doubles_of_double(<const double *> parameters + i)
+        store_some(p, v, n)
+
+
+# Arrays of the compute type, which is not always the values'.
+
+cdef inline vec some_lanes(const void *parameters, Py_ssize_t i, Py_ssize_t n, vec like) noexcept nogil:
+    if vec is floats:
+        return some_of(<const float *> parameters + i, n, like)
+    else:
+        return some_of(<const double *> parameters + i, n, like)
+
+
+cdef inline vec few_lanes(const void *parameters, Py_ssize_t i, Py_ssize_t n, vec like) noexcept nogil:
+    if vec is floats:
+        return few_of(<const float *> parameters + i, n, like)
+    else:
+        return few_of(<const double *> parameters + i, n, like)
 
 
 cdef inline void put_lane(void *parameters, Py_ssize_t i, vec v) noexcept nogil:
@@ -194,20 +233,6 @@ cdef inline void add_lanes(double *sums, vec v) noexcept nogil:
         gn_add_floats(sums, v)
     else:
         gn_add_doubles(sums, v)
-
-
-cdef inline vec some_lanes(const void *parameters, Py_ssize_t i, Py_ssize_t n, vec like) noexcept nogil:
-    if vec is floats:
-        return load_some(<const float *> parameters + i, n, like)
-    else:
-        return load_some(<const double *> parameters + i, n, like)
-
-
-cdef inline void put_some_lanes(void *parameters, Py_ssize_t i, vec v, Py_ssize_t n) noexcept nogil:
-    if vec is floats:
-        store_some(<float *> parameters + i, v, n)
-    else:
-        store_some(<double *> parameters + i, v, n)
 
 
 cdef inline void put(void *to, Py_ssize_t i, double v, vec like) noexcept nogil:
