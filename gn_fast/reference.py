@@ -465,13 +465,20 @@ def _result_dtype(name: str, array: Array) -> np.dtype[Any]:
 
 def _store(values: Float64, x: Array, dtype: np.dtype[Any], axis: int, out: Array | None) -> Array:
     if out is None:
-        out = np.empty_like(x, dtype=dtype)
+        out = _empty_in_order_of(x, dtype)
     elif out.shape != x.shape:
         raise ValueError(f"out must have the shape of x, {x.shape}, got {out.shape}")
     elif out.dtype != dtype:
         raise TypeError(f"out must be of dtype {dtype}, got {out.dtype}")
     out[...] = np.moveaxis(_round(values, dtype), 1, axis)
     return out
+
+
+def _empty_in_order_of(x: Array, dtype: np.dtype[Any]) -> Array:
+    """Memory for what a ufunc makes of x: unlike np.empty_like, broadcast axes do not decide."""
+    nothing: Any = None
+    ways = [["readonly"], ["writeonly", "allocate"]]
+    return np.nditer([x, nothing], ["zerosize_ok"], ways, [nothing, dtype]).operands[1]
 
 
 def _round(values: Float64, dtype: DTypeLike) -> Array:

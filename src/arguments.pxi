@@ -74,9 +74,9 @@ cdef cnp.ndarray as_array(value, str name):
     if storage <= BOOL:
         if (<object> a).dtype.kind not in "iub":
             raise TypeError(f"{name} must be of dtype {_DTYPES}, not {(<object> a).dtype}")
-        return (<object> a).astype(np.float64)
+        return copied(a, np.float64)
     if not cnp.PyArray_ISBEHAVED_RO(a):
-        return (<object> a).astype((<object> a).dtype.newbyteorder("="))
+        return copied(a, (<object> a).dtype.newbyteorder("="))
     return a
 
 

@@ -27,6 +27,42 @@ cdef int view(View *v, cnp.ndarray a, int axis) except -1:
     return 0
 
 
+cdef void innermost_first(cnp.ndarray a, int *order) noexcept:
+    """The axes of an array as NumPy's iterator orders them, and with it a ufunc its result: by their strides, innermost first.
+    Axes of stride 0 or length 1 decide nothing; they stay behind those that come after them in the shape."""
+    cdef int count = 0, axis, place, i
+    cdef Py_ssize_t stride, other
+    for axis in range(cnp.PyArray_NDIM(a) - 1, -1, -1):
+        stride = deciding_stride(a, axis)
+        place = count
+        for i in range(count - 1, -1, -1):
+            other = deciding_stride(a, order[i])
+            if stride and other:
+                if other <= stride:
+                    break
+                place = i
+        for i in range(count, place, -1):
+            order[i] = order[i - 1]
+        order[place] = axis
+        count += 1
+
+
+cdef Py_ssize_t deciding_stride(cnp.ndarray a, int axis) noexcept:
+    return 0 if cnp.PyArray_DIMS(a)[axis] == 1 else abs(cnp.PyArray_STRIDES(a)[axis])
+
+
+cdef cnp.ndarray copied(cnp.ndarray a, dtype):
+    """A copy in the same order of memory, as another dtype; what is broadcast stays so."""
+    cdef bint broadcast = False
+    cdef int d
+    for d in range(cnp.PyArray_NDIM(a)):
+        broadcast |= cnp.PyArray_STRIDES(a)[d] == 0
+    if not broadcast:
+        return (<object> a).astype(dtype)
+    core = (<object> a)[tuple([slice(None if stride else 1) for stride in (<object> a).strides])]
+    return np.broadcast_to(core.astype(dtype), shape_of(a))
+
+
 cdef int see_output(Job *job, View *v, cnp.ndarray a, int axis) except -1:
     """An output, streamed if it is larger than the last level cache."""
     view(v, a, axis)
@@ -70,7 +106,7 @@ cdef cnp.ndarray apart(cnp.ndarray a, cnp.ndarray out):
     """An input that is safe to read while `out` is written: itself, or a copy if they overlap in part."""
     if out is None or not shared(a, out):
         return a
-    return (<object> a).copy(order="K")
+    return copied(a, (<object> a).dtype)
 
 
 cdef bint shared(cnp.ndarray a, cnp.ndarray b):

@@ -53,15 +53,25 @@ cdef int view_x(Job *job, cnp.ndarray x, num_groups, axis_argument, int *axis_ou
     axis_out[0] = axis
     view(&job.x, x, axis)
     if job.N * job.C * job.S:
-        plan_walk(job, axis == ndim - 1)
+        plan_walk(job, x, axis)
     return 0
 
 
-cdef int plan_walk(Job *job, bint channels_last) except -1:
+cdef bint innermost(cnp.ndarray x, int axis) noexcept:
+    """Whether the channels lie within the positions, in the order of memory that the result has."""
+    cdef int order[MAX_SPATIAL + 2]
+    cdef int i
+    innermost_first(x, order)
+    for i in range(cnp.PyArray_NDIM(x)):
+        if order[i] != 0 and cnp.PyArray_DIMS(x)[order[i]] > 1:
+            return order[i] == axis
+    return False
+
+
+cdef int plan_walk(Job *job, cnp.ndarray x, int axis) except -1:
     """Choose the walk, the units of work and the chunks: by shape and order of memory only, since bits depend on them."""
-    cdef View *v = &job.x
-    cdef Py_ssize_t channels, across = abs(v.channel_stride), along = abs(v.stride[v.ndim - 1])
-    job.channels_last = job.S > 1 and job.C > 1 and (across < along if across and along else channels_last)
+    cdef Py_ssize_t channels
+    job.channels_last = job.S > 1 and job.C > 1 and innermost(x, axis)
     if job.channels_last:
         job.unit_groups = job.G
         job.units = job.N

@@ -6,6 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 from helpers import DTYPES, LAYOUTS, assert_same_bits, assert_within_bound, in_layout, name_of, normal
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gn_fast
 from gn_fast import Moments
@@ -24,7 +26,7 @@ def test_the_result_has_the_memory_order_of_the_input(dtype, order):
     x = memory.transpose(np.argsort(order))
     assert x.shape == (2, 6, 3, 5)
     y = gn_fast.group_norm(x, 3)
-    assert y.strides == np.empty_like(x, dtype=y.dtype).strides
+    assert y.strides == (x + y.dtype.type(0)).strides
     native = x.astype(x.dtype.newbyteorder("=")) if dtype.kind != "i" else x.astype(np.float64)
     if y.dtype != np.float64:
         assert_within_bound(y, native, 3)
@@ -32,7 +34,7 @@ def test_the_result_has_the_memory_order_of_the_input(dtype, order):
         np.testing.assert_allclose(y, gn_fast.reference.group_norm(native, 3), rtol=0, atol=1e-13)
 
 
-def test_the_result_of_views_is_that_of_empty_like():
+def test_the_result_of_views_has_the_order_of_a_ufunc():
     x = np.zeros((4, 6, 8, 10), np.float32)
     views = [
         x[::2], x[:, ::2], x[..., ::3], x[::-1], x[..., ::-1], x[:, :, 1:4, 2:9], x[:1], x[:, :, :1],
@@ -42,7 +44,82 @@ def test_the_result_of_views_is_that_of_empty_like():
         np.moveaxis(np.zeros((4, 8, 10, 6), np.float32), -1, 1),
     ]  # fmt: skip
     for i, view in enumerate(views):
-        assert gn_fast.group_norm(view, 3).strides == np.empty_like(view).strides, i
+        assert gn_fast.group_norm(view, 3).strides == np.positive(view).strides, i
+
+
+@st.composite
+def views(draw):
+    """Transposed, sliced, reversed, of one element along some axes and broadcast along others."""
+    ndim = draw(st.integers(2, 5))
+    memory = np.arange(np.prod(sizes := draw(st.lists(st.integers(1, 4), min_size=ndim, max_size=ndim))))
+    x = memory.astype(np.float32).reshape(sizes).transpose(draw(st.permutations(range(ndim))))
+    ways = st.sampled_from([slice(None), slice(None, None, -1), slice(1), slice(None, None, 2)])
+    x = x[tuple(draw(st.lists(ways, min_size=ndim, max_size=ndim)))]
+    return np.broadcast_to(x, [size if size > 1 else draw(st.sampled_from([1, 3])) for size in x.shape])
+
+
+def order_of(a):
+    """Its strides along the axes that have any."""
+    return [stride for stride, size in zip(a.strides, a.shape, strict=True) if size > 1]
+
+
+@given(x=views(), axis=st.integers(1, 4), kind=st.sampled_from(["f4", ">f4", "f8", "f2", "i2", "?", "unaligned"]))
+@settings(max_examples=300, deadline=None)
+def test_every_result_has_the_memory_order_of_a_ufunc(x, axis, kind):
+    """Axes along which x is broadcast or has one element do not decide."""
+    axis = 1 + axis % (x.ndim - 1)
+    if kind == "unaligned":  # the same strides, one byte further
+        low, high = np.lib.array_utils.byte_bounds(x)
+        memory = np.zeros(high - low + 1, np.uint8)[1:]
+        offset = x.__array_interface__["data"][0] - low
+        x = np.ndarray(x.shape, "f4", memory, offset, x.strides)
+    elif kind != "f4":
+        core = x[tuple(slice(None if stride else 1) for stride in x.strides)]
+        x = np.broadcast_to(core.astype(kind), x.shape)
+    expected = np.positive(x) if x.dtype.kind == "f" else x + 0.0
+    y = gn_fast.group_norm(x, 1, axis=axis)
+    dy = np.ones(x.shape, np.float32)
+    dx, _, _, dresidual = gn_fast.group_norm_backward(dy, x, 1, axis=axis, residual=x)
+    reference = gn_fast.reference.group_norm(x, 1, axis=axis)
+    for result in (y, dx, dresidual, reference):
+        assert order_of(result) == order_of(expected), (x.shape, x.strides, result.strides, expected.strides)
+        assert result.flags.owndata
+        assert result.flags.writeable
+    if kind == "f4":
+        assert y.strides == expected.strides
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(y, reference, rtol=0, atol=2e-2 if y.dtype == np.float16 else 1e-5)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("axis", [1, -1])
+def test_a_broadcast_input_is_walked_as_its_copy_is(place, axis):
+    """So it has the bits of that copy, in which the axis lies where it does in the shape."""
+    for dtype in DTYPES:
+        x = normal(np.random.default_rng(0), [1 if d == place else 6 for d in range(4)], dtype)
+        x = np.broadcast_to(x, (6,) * 4)
+        copy = np.ascontiguousarray(x)
+        assert_same_bits(gn_fast.group_norm(x, 3, axis=axis), gn_fast.group_norm(copy, 3, axis=axis))
+        # A copy of what overlaps out is of what is there, not of all that is seen.
+        memory = normal(np.random.default_rng(0), x.shape, dtype)
+        part = memory[tuple(slice(1 if d == place else None) for d in range(4))]
+        copy = np.broadcast_to(part.copy(), x.shape)
+        expected = gn_fast.group_norm(np.ascontiguousarray(copy), 3, axis=axis)
+        gn_fast.group_norm(np.broadcast_to(part, x.shape), 3, axis=axis, out=memory)
+        assert_same_bits(memory, expected)
+
+
+def test_what_is_broadcast_is_not_copied_as_a_whole():
+    """Neither integers, which are converted, nor what overlaps out."""
+    memory = np.zeros((64, 8, 20, 20))
+    one = np.zeros(memory.shape[1:], np.int16)
+    for x in (np.broadcast_to(one, memory.shape), np.broadcast_to(memory[:1], memory.shape)):
+        used = peak(lambda: gn_fast.group_norm(x, 2, out=memory, num_threads=1))  # noqa: B023
+        assert used <= one.size * 8 + 2 * SCRATCH, used
+    x = np.zeros((64, 8, 20, 20), np.float32)
+    mask = x.view(np.bool_)[0, :1, :, :20]
+    used = peak(lambda: gn_fast.group_norm(x, 2, out=x, mask=mask, num_threads=1))
+    assert used <= 2 * SCRATCH, used
 
 
 # ---- any axis --------------------------------------------------------------------------------------------
