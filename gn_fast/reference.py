@@ -49,8 +49,9 @@ def group_norm(
         At least 2-D; float16, bfloat16, float32 or float64. Integers and bools become float64.
     num_groups : int
         Number of groups; it divides C.
-    weight, bias : array_like, shape (C,) or (N, C), optional
-        Scale and shift of each channel, 1 and 0 by default.
+    weight, bias : array_like, a scalar or of shape (C,), (1, C) or (N, C), optional
+        Scale and shift of each channel, 1 and 0 by default. A one for each spatial axis may follow,
+        as in (C, 1, 1) or (N, C, 1, 1).
     eps : float
         Added to the variance inside the root.
     axis : int
@@ -153,7 +154,7 @@ def group_norm_backward(
     dx : ndarray
         Shape, dtype and memory order of `x`, or `out`.
     dweight, dbias : ndarray or None
-        Shape and dtype of `weight` and `bias`; None for one that is absent.
+        Shape and dtype of `weight` and `bias`, 0-d for a scalar; None for one that is absent.
     dresidual : ndarray
         Like dx; only when `residual` is given.
 
@@ -433,11 +434,20 @@ def _affine(values: Float64, weight: ArrayLike | None, bias: ArrayLike | None) -
 def _per_channel(name: str, parameter: ArrayLike, values: Float64) -> Float64:
     parameter = np.asarray(parameter)
     _result_dtype(name, parameter)
-    n, c = values.shape[:2]
-    if parameter.shape not in ((c,), (n, c)):
-        raise ValueError(f"{name} must have the shape {(c,)} or {(n, c)}, got {parameter.shape}")
-    ones = (1,) * (values.ndim - 2)
-    return parameter.astype(np.float64).reshape(*parameter.shape, *ones)
+    rows = _rows(name, parameter, values)
+    return parameter.astype(np.float64).reshape(*rows, *(1,) * (values.ndim - 2))
+
+
+def _rows(name: str, parameter: Array, values: Float64) -> tuple[int, int]:
+    """Of how many samples and channels a weight or bias has values of their own."""
+    n, c, *spatial = values.shape
+    ones = (1,) * len(spatial)
+    rows = {(): (1, 1)}
+    for shape in ((c,), (1, c), (n, c)):
+        rows[shape] = rows[*shape, *ones] = (n if len(shape) == 2 and shape[0] == n else 1, c)
+    if parameter.shape not in rows:
+        raise ValueError(f"{name} must have one of the shapes {list(rows)}, got {parameter.shape}")
+    return rows[parameter.shape]
 
 
 def _sum_like(name: str, parameter: ArrayLike | None, terms: Float64) -> Array | None:
@@ -446,7 +456,9 @@ def _sum_like(name: str, parameter: ArrayLike | None, terms: Float64) -> Array |
     parameter = np.asarray(parameter)
     n, c, *spatial = terms.shape
     sums = terms.reshape(n, c, math.prod(spatial)).sum(axis=-1)
-    return _round(sums if parameter.ndim == 2 else sums.sum(axis=0), _result_dtype(name, parameter))
+    shared = tuple(d for d, size in enumerate(_rows(name, parameter, terms)) if size == 1)
+    total = sums.sum(axis=shared).reshape(parameter.shape)
+    return _round(total, _result_dtype(name, parameter))
 
 
 # ---- dtypes: the one rounding at the end ---------------------------------------------------------

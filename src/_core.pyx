@@ -46,12 +46,15 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     ----------
     x : array_like, shape (N, C, spatial...), or with the channels at `axis`
         float16, bfloat16 (of ``ml_dtypes``), float32 or float64; integers and bools are taken as float64. Any
-        strides: neither channels-last nor strided arrays are copied.
+        strides: neither channels-last nor strided nor broadcast arrays are copied, nor objects of other libraries that
+        speak DLPack, if they are in the CPU's memory.
     num_groups : int
         G, the number of groups (not their size); it must divide C. 1 is layer normalization over all but the
         samples, C is instance normalization.
-    weight, bias : array_like, shape (C,) or (N, C), optional
-        Scale and shift, each of any float dtype: of a channel, or of a channel in each sample (AdaGN, FiLM).
+    weight, bias : array_like, a scalar or of shape (C,), (1, C) or (N, C), optional
+        Scale and shift, each of any float dtype: of all channels, of each, or of each in each sample (AdaGN, FiLM).
+        A one for each of the spatial axes may follow, as in ``(C, 1, 1)`` or ``(N, C, 1, 1)``, wherever x has its
+        channels.
     eps : float
         Added to the variance inside the root; at least 0.
     axis : int
@@ -75,7 +78,9 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     Returns
     -------
     y : ndarray
-        `out`, or a new array of x's shape, dtype (float64 for integers) and order of memory.
+        `out`, or a new array of x's shape, dtype (float64 for integers) and order of memory, as a ufunc gives it: axes
+        along which x is broadcast do not decide. If x is of a subclass of ndarray, what its ``__array_wrap__`` makes of
+        that.
     moments : Moments
         Only with ``return_moments=True``.
 
@@ -212,7 +217,7 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     moments : Moments, shape (N, G), optional
         x's statistics as the forward call returned them; without them they are computed again, in one more sweep.
     out : ndarray, x's shape and dtype, optional
-        Where to write dx. It may be dy or x itself; it must not overlap x in part.
+        Where to write dx. It may be dy or x itself; where it overlaps an input otherwise, that is copied first.
     num_threads : int, optional
         As for :func:`group_norm`.
 
@@ -221,7 +226,8 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     dx : ndarray
         `out`, or a new array of x's shape, dtype and order of memory.
     dweight, dbias : ndarray or None
-        Of weight's and bias's shape and dtype, summed in float64 in a fixed order; None where they are absent.
+        Of weight's and bias's shape and dtype, summed in float64 in a fixed order; None where they are absent. For a
+        scalar an array of no dimensions, the sum over all channels.
     dresidual : ndarray
         Only if `residual` is given: dy' in x's dtype.
 
@@ -254,14 +260,16 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     cdef cnp.ndarray a = open_call(&call, x, num_groups, axis), g, dx = None, dresidual, w, b
     if out is not None:
         check_out(out, a)
-        if not same_places(a, out) and shared(a, out):
-            raise ValueError("out must not overlap x in part: it may be x itself, dy itself, or apart from both")
+        if not same_places(a, out):
+            a = apart(a, out)
+            view(&job.x, a, call.axis)
     g = like_x(&job.dy, dy, "dy", a, call.axis, out)
     w, b, alive, num_threads, statistics = read_options(
         &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
     if statistics is None:
         add_pass(&call, &kernel.moments)
-    if out is not None and cnp.PyArray_ISBEHAVED(out):
+    # A result that is yet to be wrapped as x's own type may still fail: out is then written last.
+    if out is not None and cnp.PyArray_ISBEHAVED(out) and (residual is None or not has_own_type(x)):
         dx = out
     else:
         dx = fresh_like(a)
@@ -270,10 +278,10 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
         dresidual = fresh_like(a)
         see_output(job, &job.dresidual, dresidual, call.axis)
     # By shape only: up to 64 blocks of samples worth a share of a thread, or each sample where its own gradient is wanted.
-    each = (w is not None and cnp.PyArray_NDIM(w) == 2) or (b is not None and cnp.PyArray_NDIM(b) == 2)
+    each = has_rows(&job.weight) or has_rows(&job.bias)
     job.block = 1 if each else max(1, (job.N + 63) // 64, min(job.N, WORTH_A_THREAD // 4 // max(1, job.C * job.S)))
     blocks = max(1, (job.N + job.block - 1) // job.block)
-    dweight, dbias = fresh_zeros(blocks, job.C), fresh_zeros(blocks, job.C)
+    dweight, dbias = fresh_zeros(blocks, max(1, job.C)), fresh_zeros(blocks, max(1, job.C))
     job.dweight = <double *> cnp.PyArray_DATA(dweight)
     job.dbias = <double *> cnp.PyArray_DATA(dbias)
     add_pass(&call, &kernel.sums)
@@ -281,23 +289,29 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     parameters = settle_types(job)
     call.plan.size = slopes_at(job) + 2 * job.unit_groups
     run(&call.plan, num_threads)
-    result = finished(x, dx, out), summed(dweight, w, job), summed(dbias, b, job)
-    return result if residual is None else (*result, finished(x, dresidual, None))
+    dweight, dbias = summed(dweight, w, &job.weight, job), summed(dbias, b, &job.bias, job)
+    if residual is None:
+        return finished(x, dx, out), dweight, dbias
+    wrapped = finished(x, dresidual, None)
+    return finished(x, dx, out), dweight, dbias, wrapped
 
 
 cdef finished(x, cnp.ndarray y, out):
     """The result as the caller asked for it: in `out`, or of x's own array type."""
     if out is not None:
         if out is not y:
-            out[...] = y
+            cnp.PyArray_CopyInto(out, y)
         return out
-    if cnp.PyArray_Check(x) and not cnp.PyArray_CheckExact(x):
-        return x.__array_wrap__(y)
-    return y
+    return x.__array_wrap__(y, None, False) if has_own_type(x) else y
 
 
-cdef summed(cnp.ndarray sums, cnp.ndarray value, Job *job):
-    """A weight's or bias's gradient from its sums over blocks of samples, which are added up in order."""
+cdef bint has_own_type(x):
+    return cnp.PyArray_Check(x) and not cnp.PyArray_CheckExact(x)
+
+
+cdef summed(cnp.ndarray sums, cnp.ndarray value, const View *v, Job *job):
+    """A weight's or bias's gradient from its sums over blocks of samples, which are added up in order, as those of the channels are
+    for a scalar."""
     cdef double *total = <double *> cnp.PyArray_DATA(sums)
     cdef cnp.ndarray result
     cdef Py_ssize_t n, c, size
@@ -305,10 +319,13 @@ cdef summed(cnp.ndarray sums, cnp.ndarray value, Job *job):
         return None
     result = PyArray_NewLikeArray(value, cnp.NPY_CORDER, NULL, 0)
     size = cnp.PyArray_SIZE(result)
-    if cnp.PyArray_NDIM(value) == 1:
+    if not has_rows(v):
         for n in range(1, cnp.PyArray_DIM(sums, 0)):
             for c in range(job.C):
                 total[c] += total[n * job.C + c]
+    if cnp.PyArray_NDIM(value) == 0:
+        for c in range(1, job.C):
+            total[0] += total[c]
     for c in range(size):
         if total[c] != total[c]:
             total[c] = NAN  # one of them: the sign of a sum of NaNs is the compiler's choice
@@ -317,5 +334,5 @@ cdef summed(cnp.ndarray sums, cnp.ndarray value, Job *job):
             (<float *> cnp.PyArray_DATA(result))[c] = <float> total[c]
     else:
         with np.errstate(all="ignore"):  # beyond the largest float16 is infinity, as it is in dx
-            (<object> result)[...] = sums[0] if cnp.PyArray_NDIM(value) == 1 else sums
+            (<object> result)[...] = (<object> sums).reshape(-1)[:size].reshape(shape_of(result))
     return result

@@ -58,19 +58,44 @@ cdef shape_of(cnp.ndarray a):
     return (<object> a).shape
 
 
+# Of DLPack, those whose memory is not the CPU's too.
+_DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 9: "VPI", 10: "ROCm", 14: "oneAPI", 15: "WebGPU", 16: "Hexagon"}
+
+
+cdef cnp.ndarray taken(value, str name):
+    """What NumPy makes of an array-like, or of the CPU's memory behind what speaks DLPack alone."""
+    if isinstance(value, np.ma.MaskedArray):
+        hint = "" if name == "mask" else f", and mask=~{name}.mask for the statistics"
+        raise TypeError(f"{name} must not be a masked array: pass its data{hint}")
+    try:
+        if hasattr(value, "__array__") or not hasattr(value, "__dlpack__"):
+            return np.asarray(value)
+        refuse_device(value, name)
+        return np.from_dlpack(value)
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        refuse_device(value, name)
+        hint = ""
+        if any(t.__module__.partition(".")[0] == "torch" for t in type(value).__mro__):
+            way = "detach()" if getattr(value, "requires_grad", False) else "float()"
+            hint = f"; a torch tensor goes to gn_fast.torch, or pass {name}.{way}"
+        raise TypeError(f"{name} must be an array or what NumPy can make one of: {error}{hint}") from None
+
+
+cdef int refuse_device(value, str name) except -1:
+    """An error that names the device if the values are not in the CPU's memory."""
+    try:
+        device, number = map(int, value.__dlpack_device__())
+    except Exception:
+        return 0  # not a device's fault
+    if device in _DEVICES:
+        raise TypeError(f"{name} must be in the CPU's memory, not on {_DEVICES[device]} device {number}")
+    return 0
+
+
 cdef cnp.ndarray as_array(value, str name):
     """Any array-like as an aligned ndarray in native byte order, of a floating storage type."""
-    cdef cnp.ndarray a
-    cdef int storage
-    if not cnp.PyArray_CheckExact(value):
-        if isinstance(value, np.ma.MaskedArray):
-            raise TypeError(f"{name} must not be a masked array: pass its data, and mask=~{name}.mask for the statistics")
-        try:
-            value = np.asarray(value)
-        except ValueError as error:
-            raise TypeError(f"{name} must be an array or what NumPy can make one of: {error}") from None
-    a = value
-    storage = storage_of(a)
+    cdef cnp.ndarray a = value if cnp.PyArray_CheckExact(value) else taken(value, name)
+    cdef int storage = storage_of(a)
     if storage <= BOOL:
         if (<object> a).dtype.kind not in "iub":
             raise TypeError(f"{name} must be of dtype {_DTYPES}, not {(<object> a).dtype}")
@@ -82,12 +107,7 @@ cdef cnp.ndarray as_array(value, str name):
 
 cdef cnp.ndarray checked_mask(mask, cnp.ndarray x, int axis):
     """The mask broadcast to x's shape."""
-    if isinstance(mask, np.ma.MaskedArray):
-        raise TypeError("mask must not be a masked array but a plain array of dtype bool")
-    try:
-        mask = np.asarray(mask)
-    except ValueError as error:
-        raise TypeError(f"mask must be an array of dtype bool: {error}") from None
+    mask = taken(mask, "mask")
     if mask.dtype != np.bool_:
         raise TypeError(f"mask must be of dtype bool, not {mask.dtype}")
     wanted = list(shape_of(x))
@@ -95,7 +115,8 @@ cdef cnp.ndarray checked_mask(mask, cnp.ndarray x, int axis):
     try:
         whole = np.broadcast_to(mask, wanted)
     except ValueError:
-        raise ValueError(f"mask must be broadcastable to x with one channel, {tuple(wanted)}, not {mask.shape}") from None
+        raise ValueError(f"mask must be broadcastable to x with one channel, {tuple(wanted)}, not {mask.shape}"
+                         f"{transposed(mask.shape, wanted)}") from None
     return np.broadcast_to(whole, shape_of(x))
 
 
@@ -106,12 +127,17 @@ cdef int check_out(value, cnp.ndarray x) except -1:
     if not cnp.PyArray_EquivTypenums(cnp.PyArray_TYPE(out), cnp.PyArray_TYPE(x)):
         raise TypeError(f"out must be of dtype {(<object> x).dtype}, not {(<object> out).dtype}")
     if not cnp.PyArray_SAMESHAPE(out, x):
-        raise ValueError(f"out must have shape {shape_of(x)}, not {shape_of(out)}")
+        raise ValueError(f"out must have shape {shape_of(x)}, not {shape_of(out)}{transposed(shape_of(out), shape_of(x))}")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out must be writeable, not read-only")
     if not one_place_each(out):
         raise ValueError(f"out must not overlap itself, as shape {shape_of(out)} does with strides {value.strides}")
     return 0
+
+
+cdef str transposed(shape, wanted):
+    """The end of an error's message about a shape that has the right dimensions in another order."""
+    return ": it looks transposed" if sorted(shape) == sorted(wanted) else ""
 
 
 cdef bint one_place_each(cnp.ndarray a):

@@ -74,21 +74,20 @@ cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
     """See an argument of x's shape; where `out` overlaps it other than exactly, a copy of it."""
     cdef cnp.ndarray a = as_array(value, name)
     if not cnp.PyArray_SAMESHAPE(a, x):
-        raise ValueError(f"{name} must have x's shape {shape_of(x)}, not {shape_of(a)}")
+        raise ValueError(f"{name} must have x's shape {shape_of(x)}, not {shape_of(a)}{transposed(shape_of(a), shape_of(x))}")
     if out is not None and not same_places(a, out):
         a = apart(a, out)
     view(v, a, axis)
     return a
 
 
-cdef tuple per_channel(View *v, value, str name, Job *job, out):
-    """See a weight or bias of shape (C,) or (N, C) as an (N, C) array whose channels lie in a row, float32 or float64. Returns it as
-    it was given and as it is seen, which the caller keeps alive."""
+cdef tuple per_channel(View *v, value, str name, Call *call, cnp.ndarray x, out):
+    """See a weight or bias as an (N, C) array whose channels lie in a row, float32 or float64. Returns it as it was given and as it
+    is seen, which the caller keeps alive."""
     cdef cnp.ndarray a = as_array(value, name), given = a
-    cdef int ndim = cnp.PyArray_NDIM(a)
-    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
-    if not (ndim == 1 and shape[0] == job.C or ndim == 2 and shape[0] == job.N and shape[1] == job.C):
-        raise ValueError(f"{name} must have shape ({job.C},) or ({job.N}, {job.C}), not {shape_of(a)}")
+    cdef bint each = has_row_of_each_sample(a, name, call, x)
+    if cnp.PyArray_NDIM(a) == 0:
+        a = np.full(call.job.C, a)
     if storage_of(a) < FLOAT32:
         a = (<object> a).astype(np.float32, order="C")
     elif not cnp.PyArray_IS_C_CONTIGUOUS(a):
@@ -98,8 +97,45 @@ cdef tuple per_channel(View *v, value, str name, Job *job, out):
     v.data = cnp.PyArray_BYTES(a)
     v.storage = <Storage> storage_of(a)
     v.itemsize = v.channel_stride = cnp.PyArray_ITEMSIZE(a)
-    v.sample_stride = v.itemsize * job.C if ndim == 2 else 0
+    v.sample_stride = v.itemsize * call.job.C if each else 0
     return given, a
+
+
+cdef bint has_row_of_each_sample(cnp.ndarray a, str name, Call *call, cnp.ndarray x) except -1:
+    """Whether a weight or bias is of shape (N, C), and not (), (C,) or (1, C); ones for all the spatial axes may follow, but not for
+    some of them. No shape has two meanings: where two of these are alike, N or C is 1."""
+    cdef Job *job = &call.job
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
+    cdef int ndim = cnp.PyArray_NDIM(a), spatial = cnp.PyArray_NDIM(x) - 2
+    if ndim == 0 or is_row(shape, ndim, job) or (only_ones(shape, ndim - spatial, ndim) and is_row(shape, ndim - spatial, job)):
+        return False
+    if is_table(shape, ndim, job) or (only_ones(shape, ndim - spatial, ndim) and is_table(shape, ndim - spatial, job)):
+        return True
+    ones = f", or these with {spatial} trailing ones as {(job.N, job.C) + (1,) * spatial}" if spatial else ""
+    hint = one_sample(job.N) if call.axis == 1 and ndim and shape[0] == job.N == cnp.PyArray_SIZE(a) else ""
+    raise ValueError(f"{name} must be a scalar or have shape (1, {job.C}), ({job.C},) or ({job.N}, {job.C}){ones}, "
+                     f"not {shape_of(a)}{hint}")
+
+
+cdef bint is_row(const cnp.npy_intp *shape, int ndim, const Job *job) noexcept:
+    return (ndim == 1 or (ndim == 2 and shape[0] == 1)) and shape[ndim - 1] == job.C
+
+
+cdef bint is_table(const cnp.npy_intp *shape, int ndim, const Job *job) noexcept:
+    return ndim == 2 and shape[0] == job.N and shape[1] == job.C
+
+
+cdef bint only_ones(const cnp.npy_intp *shape, int start, int stop) noexcept:
+    cdef int d
+    for d in range(max(start, 0), stop):
+        if shape[d] != 1:
+            return False
+    return True
+
+
+cdef bint has_rows(const View *v) noexcept:
+    """Whether a weight or bias has a row for each sample."""
+    return v.data != NULL and v.sample_stride != 0
 
 
 cdef cnp.ndarray apart(cnp.ndarray a, cnp.ndarray out):

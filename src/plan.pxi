@@ -33,18 +33,22 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
 cdef int view_x(Job *job, cnp.ndarray x, num_groups, axis_argument, int *axis_out) except -1:
     cdef Py_ssize_t ndim = cnp.PyArray_NDIM(x), axis, size = 1, d
     if ndim < 2:
-        raise ValueError(f"x must have at least 2 dimensions, samples and channels, not shape {shape_of(x)}")
+        raise ValueError(f"x must have at least 2 dimensions, samples and channels, not shape {shape_of(x)}"
+                         f"{': x[None] makes it one sample' if ndim == 1 else ''}")
     axis = integer(axis_argument, "axis")
     if not -ndim <= axis < ndim or axis % ndim == 0:
-        raise ValueError(f"axis must be the channels' of {ndim} dimensions and not the first, not {axis}")
+        hint = ", which is the samples': x[None] is one sample" if axis in (0, -ndim) else ""
+        raise ValueError(f"axis must be the channels' of {ndim} dimensions and not the first, not {axis}{hint}")
     axis = (axis + ndim) % ndim
     job.N = cnp.PyArray_DIMS(x)[0]
     job.C = cnp.PyArray_DIMS(x)[axis]
     job.G = integer(num_groups, "num_groups")
     if job.G < 1:
-        raise ValueError(f"num_groups must be at least 1, not {job.G}")
+        hint = f": num_groups={job.C} is one channel to a group" if job.C else ""
+        raise ValueError(f"num_groups must be at least 1, not {job.G}{hint}")
     if job.C % job.G:
-        raise ValueError(f"num_groups must divide the number of channels, {job.C}, not be {job.G}")
+        hint = one_sample(job.N) if axis == 1 and ndim == 3 and job.N % job.G == 0 else ""
+        raise ValueError(f"num_groups must divide the number of channels, {job.C}, not be {job.G}{hint}")
     job.K = job.C // job.G
     for d in range(1, ndim):
         if d != axis:
@@ -55,6 +59,11 @@ cdef int view_x(Job *job, cnp.ndarray x, num_groups, axis_argument, int *axis_ou
     if job.N * job.C * job.S:
         plan_walk(job, x, axis)
     return 0
+
+
+cdef str one_sample(Py_ssize_t channels):
+    """The end of an error's message about what fits the first axis of x better than the second."""
+    return f": if x is one sample of {channels} channels, pass x[None]"
 
 
 cdef bint innermost(cnp.ndarray x, int axis) noexcept:
@@ -106,9 +115,9 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
     if activation is not None:
         job.activation = checked_activation(activation)
     if weight is not None:
-        w, seen_weight = per_channel(&job.weight, weight, "weight", job, out)
+        w, seen_weight = per_channel(&job.weight, weight, "weight", call, x, out)
     if bias is not None:
-        b, seen_bias = per_channel(&job.bias, bias, "bias", job, out)
+        b, seen_bias = per_channel(&job.bias, bias, "bias", call, x, out)
     if residual is not None:
         r = like_x(&job.residual, residual, "residual", x, call.axis, out)
     if mask is not None:

@@ -173,7 +173,7 @@ def test_every_combination_is_that_of_the_reference(arguments, drawn):
     before = {name: value.copy() for name, value in arguments.items() if isinstance(value, np.ndarray)}
     y, m = gn_fast.group_norm(**arguments, return_moments=True)
     assert y.dtype == x.dtype
-    assert y.strides == np.empty_like(x).strides
+    assert y.strides == np.positive(x).strides
     assert_as_reference(y, arguments)
     if "moments" in arguments:
         assert m is arguments["moments"]

@@ -63,7 +63,10 @@ def order_of(a):
     return [stride for stride, size in zip(a.strides, a.shape, strict=True) if size > 1]
 
 
-@given(x=views(), axis=st.integers(1, 4), kind=st.sampled_from(["f4", ">f4", "f8", "f2", "i2", "?", "unaligned"]))
+KINDS = ["f4", ">f4", "f8", "f2", "i2", "?", "unaligned"]
+
+
+@given(x=views(), axis=st.integers(1, 4), kind=st.sampled_from(KINDS))
 @settings(max_examples=300, deadline=None)
 def test_every_result_has_the_memory_order_of_a_ufunc(x, axis, kind):
     """Axes along which x is broadcast or has one element do not decide."""
