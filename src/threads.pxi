@@ -30,9 +30,12 @@ cdef enum:
 
 
 def _thread_count(value, name):
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        count = None if isinstance(value, (bool, np.bool_)) else value.__index__()
+    except (AttributeError, TypeError):
+        count = None
+    if count is None:
         raise TypeError(f"{name} must be an integer of at least 1 or None, not {value!r}")
-    count = value.__index__()
     if count < 1:
         raise ValueError(f"{name} must be at least 1, not {count}")
     return count
