@@ -442,7 +442,7 @@ def _rows(name: str, parameter: Array, values: Float64) -> tuple[int, int]:
     """Of how many samples and channels a weight or bias has values of their own."""
     n, c, *spatial = values.shape
     ones = (1,) * len(spatial)
-    rows = {(): (1, 1)}
+    rows: dict[tuple[int, ...], tuple[int, int]] = {(): (1, 1)}
     for shape in ((c,), (1, c), (n, c)):
         rows[shape] = rows[*shape, *ones] = (n if len(shape) == 2 and shape[0] == n else 1, c)
     if parameter.shape not in rows:
@@ -488,9 +488,9 @@ def _store(values: Float64, x: Array, dtype: np.dtype[Any], axis: int, out: Arra
 
 def _empty_in_order_of(x: Array, dtype: np.dtype[Any]) -> Array:
     """Memory for what a ufunc makes of x: unlike np.empty_like, broadcast axes do not decide."""
-    nothing: Any = None
-    ways = [["readonly"], ["writeonly", "allocate"]]
-    return np.nditer([x, nothing], ["zerosize_ok"], ways, [nothing, dtype]).operands[1]
+    operands: list[Any] = [x, None]
+    flags: list[list[Any]] = [["readonly"], ["writeonly", "allocate"]]
+    return np.nditer(operands, ["zerosize_ok"], flags, [None, dtype]).operands[1]
 
 
 def _round(values: Float64, dtype: DTypeLike) -> Array:

@@ -74,11 +74,16 @@ cdef cnp.ndarray taken(value, str name):
         return np.from_dlpack(value)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         refuse_device(value, name)
-        hint = ""
-        if any(t.__module__.partition(".")[0] == "torch" for t in type(value).__mro__):
-            way = "detach()" if getattr(value, "requires_grad", False) else "float()"
-            hint = f"; a torch tensor goes to gn_fast.torch, or pass {name}.{way}"
-        raise TypeError(f"{name} must be an array or what NumPy can make one of: {error}{hint}") from None
+        raise TypeError(f"{name} must be an array or what NumPy can make one of: {error}{torch_hint(value, name)}") from None
+
+
+cdef str torch_hint(value, str name):
+    if all(t.__module__.partition(".")[0] != "torch" for t in type(value).__mro__):
+        return ""
+    hint = "; a torch tensor goes to gn_fast.torch"
+    if value.requires_grad:
+        return f"{hint}, or pass {name}.detach()"
+    return f"{hint}, or pass {name}.float()" if str(value.dtype) == "torch.bfloat16" else hint
 
 
 cdef int refuse_device(value, str name) except -1:

@@ -111,7 +111,7 @@ cdef bint has_row_of_each_sample(cnp.ndarray a, str name, Call *call, cnp.ndarra
         return False
     if is_table(shape, ndim, job) or (only_ones(shape, ndim - spatial, ndim) and is_table(shape, ndim - spatial, job)):
         return True
-    ones = f", or these with {spatial} trailing ones as {(job.N, job.C) + (1,) * spatial}" if spatial else ""
+    ones = f", or with ones for the spatial axes, as {(job.N, job.C) + (1,) * spatial}" if spatial else ""
     hint = one_sample(job.N) if call.axis == 1 and ndim and shape[0] == job.N == cnp.PyArray_SIZE(a) else ""
     raise ValueError(f"{name} must be a scalar or have shape (1, {job.C}), ({job.C},) or ({job.N}, {job.C}){ones}, "
                      f"not {shape_of(a)}{hint}")

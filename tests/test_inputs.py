@@ -1,4 +1,4 @@
-"""What people pass: subclasses, other libraries' objects, parameters of every shape; one signature for all."""
+"""What people pass: subclasses, other libraries' objects, parameters of any shape; one signature for all."""
 
 import ast
 import inspect
@@ -286,6 +286,7 @@ class Tensor:
 
     def __init__(self, requires_grad):
         self.requires_grad = requires_grad
+        self.dtype = "torch.float32" if requires_grad else "torch.bfloat16"
 
     def __array__(self, dtype=None, copy=None):
         if self.requires_grad:
