@@ -305,7 +305,7 @@ cdef finished(x, cnp.ndarray y, out):
     return x.__array_wrap__(y, None, False) if has_own_type(x) else y
 
 
-cdef bint has_own_type(x):
+cdef inline bint has_own_type(x) noexcept:
     return cnp.PyArray_Check(x) and not cnp.PyArray_CheckExact(x)
 
 

@@ -59,7 +59,7 @@ cdef shape_of(cnp.ndarray a):
 
 
 # Of DLPack, those whose memory is not the CPU's too.
-_DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 9: "VPI", 10: "ROCm", 14: "oneAPI", 15: "WebGPU", 16: "Hexagon"}
+_DEVICES = {2: "CUDA", 4: "OpenCL", 7: "Vulkan", 8: "Metal", 9: "VPI", 10: "ROCm", 14: "oneAPI", 15: "WebGPU"}
 
 
 cdef cnp.ndarray taken(value, str name):
@@ -74,16 +74,17 @@ cdef cnp.ndarray taken(value, str name):
         return np.from_dlpack(value)
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         refuse_device(value, name)
-        raise TypeError(f"{name} must be an array or what NumPy can make one of: {error}{torch_hint(value, name)}") from None
+        hint = torch_hint(value, name)
+        raise TypeError(f"{name} must be an array or what NumPy can make one of: {error}{hint}") from None
 
 
 cdef str torch_hint(value, str name):
     if all(t.__module__.partition(".")[0] != "torch" for t in type(value).__mro__):
         return ""
     hint = "; a torch tensor goes to gn_fast.torch"
-    if value.requires_grad:
+    if getattr(value, "requires_grad", False):
         return f"{hint}, or pass {name}.detach()"
-    return f"{hint}, or pass {name}.float()" if str(value.dtype) == "torch.bfloat16" else hint
+    return f"{hint}, or pass {name}.float()" if str(getattr(value, "dtype", "")) == "torch.bfloat16" else hint
 
 
 cdef int refuse_device(value, str name) except -1:
@@ -132,7 +133,8 @@ cdef int check_out(value, cnp.ndarray x) except -1:
     if not cnp.PyArray_EquivTypenums(cnp.PyArray_TYPE(out), cnp.PyArray_TYPE(x)):
         raise TypeError(f"out must be of dtype {(<object> x).dtype}, not {(<object> out).dtype}")
     if not cnp.PyArray_SAMESHAPE(out, x):
-        raise ValueError(f"out must have shape {shape_of(x)}, not {shape_of(out)}{transposed(shape_of(out), shape_of(x))}")
+        hint = transposed(shape_of(out), shape_of(x))
+        raise ValueError(f"out must have shape {shape_of(x)}, not {shape_of(out)}{hint}")
     if not cnp.PyArray_ISWRITEABLE(out):
         raise ValueError("out must be writeable, not read-only")
     if not one_place_each(out):

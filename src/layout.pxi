@@ -28,7 +28,7 @@ cdef int view(View *v, cnp.ndarray a, int axis) except -1:
 
 
 cdef void innermost_first(cnp.ndarray a, int *order) noexcept:
-    """The axes of an array as NumPy's iterator orders them, and with it a ufunc its result: by their strides, innermost first.
+    """The axes of an array as NumPy's iterator orders them, and with it a ufunc its result: by strides, innermost first.
     Axes of stride 0 or length 1 decide nothing; they stay behind those that come after them in the shape."""
     cdef int count = 0, axis, place, i
     cdef Py_ssize_t stride, other
@@ -74,7 +74,8 @@ cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
     """See an argument of x's shape; where `out` overlaps it other than exactly, a copy of it."""
     cdef cnp.ndarray a = as_array(value, name)
     if not cnp.PyArray_SAMESHAPE(a, x):
-        raise ValueError(f"{name} must have x's shape {shape_of(x)}, not {shape_of(a)}{transposed(shape_of(a), shape_of(x))}")
+        hint = transposed(shape_of(a), shape_of(x))
+        raise ValueError(f"{name} must have x's shape {shape_of(x)}, not {shape_of(a)}{hint}")
     if out is not None and not same_places(a, out):
         a = apart(a, out)
     view(v, a, axis)
@@ -82,8 +83,8 @@ cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
 
 
 cdef tuple per_channel(View *v, value, str name, Call *call, cnp.ndarray x, out):
-    """See a weight or bias as an (N, C) array whose channels lie in a row, float32 or float64. Returns it as it was given and as it
-    is seen, which the caller keeps alive."""
+    """See a weight or bias as an (N, C) array whose channels lie in a row, float32 or float64. Returns it as it was given
+    and as it is seen, which the caller keeps alive."""
     cdef cnp.ndarray a = as_array(value, name), given = a
     cdef bint each = has_row_of_each_sample(a, name, call, x)
     if cnp.PyArray_NDIM(a) == 0:
@@ -102,14 +103,15 @@ cdef tuple per_channel(View *v, value, str name, Call *call, cnp.ndarray x, out)
 
 
 cdef bint has_row_of_each_sample(cnp.ndarray a, str name, Call *call, cnp.ndarray x) except -1:
-    """Whether a weight or bias is of shape (N, C), and not (), (C,) or (1, C); ones for all the spatial axes may follow, but not for
-    some of them. No shape has two meanings: where two of these are alike, N or C is 1."""
+    """Whether a weight or bias is of shape (N, C), and not (), (C,) or (1, C); ones for all the spatial axes may follow,
+    but not for some of them. No shape has two meanings: where two of these are alike, N or C is 1."""
     cdef Job *job = &call.job
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
-    cdef int ndim = cnp.PyArray_NDIM(a), spatial = cnp.PyArray_NDIM(x) - 2
-    if ndim == 0 or is_row(shape, ndim, job) or (only_ones(shape, ndim - spatial, ndim) and is_row(shape, ndim - spatial, job)):
+    cdef int ndim = cnp.PyArray_NDIM(a), spatial = cnp.PyArray_NDIM(x) - 2, short = ndim - spatial
+    cdef bint followed = only_ones(shape, short, ndim)
+    if ndim == 0 or is_row(shape, ndim, job) or (followed and is_row(shape, short, job)):
         return False
-    if is_table(shape, ndim, job) or (only_ones(shape, ndim - spatial, ndim) and is_table(shape, ndim - spatial, job)):
+    if is_table(shape, ndim, job) or (followed and is_table(shape, short, job)):
         return True
     ones = f", or with ones for the spatial axes, as {(job.N, job.C) + (1,) * spatial}" if spatial else ""
     hint = one_sample(job.N) if call.axis == 1 and ndim and shape[0] == job.N == cnp.PyArray_SIZE(a) else ""

@@ -69,9 +69,11 @@ cdef str one_sample(Py_ssize_t channels):
 cdef bint innermost(cnp.ndarray x, int axis) noexcept:
     """Whether the channels lie within the positions, in the order of memory that the result has."""
     cdef int order[MAX_SPATIAL + 2]
-    cdef int i
+    cdef int ndim = cnp.PyArray_NDIM(x), i
+    if cnp.PyArray_IS_C_CONTIGUOUS(x) and axis < ndim - 1 and cnp.PyArray_DIMS(x)[ndim - 1] > 1:
+        return False  # most often; without this a call of 0.78 us takes 0.84
     innermost_first(x, order)
-    for i in range(cnp.PyArray_NDIM(x)):
+    for i in range(ndim):
         if order[i] != 0 and cnp.PyArray_DIMS(x)[order[i]] > 1:
             return order[i] == axis
     return False

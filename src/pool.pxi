@@ -71,7 +71,8 @@ cdef cnp.ndarray empty_in_order_of(cnp.ndarray prototype):
         strides[order[i]] = stride
         stride *= cnp.PyArray_DIM(prototype, order[i])
     Py_INCREF(descr)  # NumPy takes the reference
-    return PyArray_NewFromDescr(<PyTypeObject *> cnp.ndarray, descr, ndim, cnp.PyArray_DIMS(prototype), strides, NULL, 0, NULL)
+    return PyArray_NewFromDescr(<PyTypeObject *> cnp.ndarray, descr, ndim, cnp.PyArray_DIMS(prototype), strides, NULL, 0,
+                                NULL)
 
 
 cdef cnp.ndarray fresh_zeros(Py_ssize_t rows, Py_ssize_t columns):
