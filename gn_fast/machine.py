@@ -1,6 +1,11 @@
-"""What Linux says of the machine: the CPU quota and the cache sizes. The affinity is OpenMP's to tell."""
+"""What Linux says of the machine: the CPU quota and the cache sizes. The affinity is OpenMP's to tell.
 
-import math
+The files are read as bytes: a cgroup may have any name, and the locale's encoding may be ASCII. What is not
+understood counts as not said.
+"""
+
+import os
+import re
 import sys
 from pathlib import Path, PurePosixPath
 
@@ -14,7 +19,7 @@ def cpu_quota(root: Path = Path("/")) -> int:
     Documentation/admin-guide/cgroup-v2.rst).
     """
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = os.fsdecode((root / "proc/self/cgroup").read_bytes()).splitlines()
     except OSError:
         return sys.maxsize
     limit = sys.maxsize
@@ -33,13 +38,13 @@ def cpu_quota(root: Path = Path("/")) -> int:
 def _limit(group: Path) -> int:
     try:
         if (group / "cpu.max").exists():
-            quota, period = (group / "cpu.max").read_text().split()
+            quota, period = map(int, (group / "cpu.max").read_bytes().split())
         else:
-            quota = (group / "cpu.cfs_quota_us").read_text()
-            period = (group / "cpu.cfs_period_us").read_text()
-        return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else sys.maxsize
-    except (OSError, ValueError, ZeroDivisionError):  # no such group, or "max"
+            quota = int((group / "cpu.cfs_quota_us").read_bytes())
+            period = int((group / "cpu.cfs_period_us").read_bytes())
+    except (OSError, ValueError):  # no such group, or "max"
         return sys.maxsize
+    return -(-quota // period) if quota > 0 and period > 0 else sys.maxsize
 
 
 def cache_bytes(level: int, root: Path = Path("/")) -> int:
@@ -49,9 +54,17 @@ def cache_bytes(level: int, root: Path = Path("/")) -> int:
     """
     for index in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*"):
         try:
-            if int((index / "level").read_text()) == level:
-                size = (index / "size").read_text().strip()
-                return int(size.removesuffix("K")) << 10
+            if int((index / "level").read_bytes()) == level:
+                size = _size((index / "size").read_bytes())
+                if 1 << 12 <= size <= 1 << 40:  # some virtual machines say 0K
+                    return size
         except (OSError, ValueError):
             continue
     return {2: 1, 3: 32}[level] << 20
+
+
+def _size(text: bytes) -> int:
+    match = re.fullmatch(rb"(\d+)([KMG]?)", text.strip())
+    if match is None:
+        raise ValueError(text)
+    return int(match[1]) << {b"": 0, b"K": 10, b"M": 20, b"G": 30}[match[2]]

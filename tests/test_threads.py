@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,6 +18,7 @@ from helpers import assert_same_bits, forks, fresh_python, linux, works_in_a_for
 from threadpoolctl import threadpool_limits
 
 import gn_fast
+from gn_fast import _core
 from gn_fast.machine import cache_bytes, cpu_quota
 
 THREADS = gn_fast.show_config("dicts")["threads"]
@@ -179,6 +181,48 @@ def test_a_bad_variable_is_named_and_ignored(text):
     assert repr(text) in result.stderr
 
 
+# ---- without OpenMP --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _openmp_is_missed(monkeypatch):
+    """As in a build without it, on a machine of four CPUs."""
+    monkeypatch.setattr(_core, "_openmp_is_missed", True)
+    monkeypatch.setattr(_core, "_quota", 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    for name in ("GN_FAST_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    gn_fast.set_num_threads(None)
+
+
+@pytest.mark.usefixtures("_openmp_is_missed")
+def test_openmp_is_missed_once_where_it_would_help():
+    with pytest.warns(RuntimeWarning, match=r"^gn_fast was built without OpenMP and .* 4 CPUs: ") as warned:
+        gn_fast.group_norm(large(), 2)
+    assert [warning.filename for warning in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gn_fast.group_norm(large(), 2)
+
+
+@pytest.mark.usefixtures("_openmp_is_missed")
+def test_openmp_is_not_missed_where_one_thread_is_meant(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gn_fast.group_norm(np.ones((1, 2, 3)), 1)  # too small
+        gn_fast.group_norm(large(), 2, num_threads=1)
+        with gn_fast.num_threads(1):
+            gn_fast.group_norm(large(), 2)
+        gn_fast.set_num_threads(1)
+        gn_fast.group_norm(large(), 2)
+        gn_fast.set_num_threads(None)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        gn_fast.group_norm(large(), 2)
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setattr(_core, "_quota", 1)
+        gn_fast.group_norm(large(), 2)
+
+
 # ---- what the machine allows -----------------------------------------------------------------------------
 
 
@@ -215,11 +259,11 @@ def test_affinity_is_inherited():
 
 
 def system(root, files):
-    """A file system with these files."""
-    for name, text in files.items():
+    """A file system with these files, each of one line of text or bytes."""
+    for name, line in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
+        path.write_bytes(os.fsencode(line) + b"\n")
     return root
 
 
@@ -241,6 +285,14 @@ NAMED = "1:name=systemd:/box\n0::/box"  # both versions at once, the quota in ve
     ({SELF: "0::/a/b", f"{TREE}/a/b/cpu.max": "200000 100000", f"{TREE}/a/cpu.max": "max 100000"}, 2),
     ({SELF: "0::/a/b", f"{TREE}/a/b/cpu.max": "max 100000", f"{TREE}/a/cpu.max": "100000 50000"}, 2),
     ({SELF: "0::/not/seen/from/here", f"{TREE}/cpu.max": "100000 100000"}, 1),  # a container's own namespace
+    ({SELF: "0::/", f"{TREE}/cpu.max": b"\xff\xfe \x80"}, UNLIMITED),
+    ({SELF: "0::/", f"{TREE}/cpu.max": "100000 -5"}, UNLIMITED),
+    ({SELF: "0::/", f"{TREE}/cpu.max": "100000 0"}, UNLIMITED),
+    ({SELF: "0::/", f"{TREE}/cpu.max": "9" * 400 + " 1"}, UNLIMITED),
+    ({SELF: b"0::/a\0b", f"{TREE}/cpu.max": "100000 100000"}, 1),
+    ({SELF: b"\xff\xff", f"{TREE}/cpu.max": "100000 100000"}, 1),
+    ({SELF: b"0::/gn\xff", f"{TREE}/{os.fsdecode(b'gn' + bytes([255]))}/cpu.max": "200000 100000"}, 2),
+    ({SELF: "0::/gr\xfc\xdfe", f"{TREE}/gr\xfc\xdfe/cpu.max": "200000 100000"}, 2),
     ({SELF: "0::/with:colon", f"{TREE}/with:colon/cpu.max": "100000 100000"}, 1),
     ({SELF: V1_SELF, f"{TREE}/cpu,cpuacct/box/cpu.cfs_quota_us": "150000",
       f"{TREE}/cpu,cpuacct/box/cpu.cfs_period_us": "100000"}, 2),
@@ -268,7 +320,8 @@ CACHE = "sys/devices/system/cpu/cpu0/cache"
 
 
 def cache(index, level, size):
-    return {f"{CACHE}/index{index}/level": str(level), f"{CACHE}/index{index}/size": size}
+    level = level if isinstance(level, bytes) else str(level)
+    return {f"{CACHE}/index{index}/level": level, f"{CACHE}/index{index}/size": size}
 
 
 def test_cache_sizes(tmp_path):
@@ -277,13 +330,43 @@ def test_cache_sizes(tmp_path):
     assert (cache_bytes(2, root), cache_bytes(3, root)) == (2 << 20, 16 << 20)
 
 
-UNSAID = [{}, cache(0, 1, "48K"), cache(0, 2, "unknown"), {f"{CACHE}/index0/level": "2"}]
+@pytest.mark.parametrize(("size", "expected"), [
+    ("512K", 512 << 10), ("2M", 2 << 20), ("1G", 1 << 30), ("1048576", 1 << 20),
+])  # fmt: skip
+def test_cache_sizes_in_other_units(tmp_path, size, expected):
+    assert cache_bytes(2, system(tmp_path, cache(0, 2, size))) == expected
+
+
+NONSENSE = ["0K", "0", "-2048K", "-1", "", "K", "2048KB", "2.5M", "0x80K", "1_0K", "9" * 30 + "K", b"\xffK"]
+UNSAID = [
+    {}, cache(0, 1, "48K"), cache(0, 2, "unknown"), cache(0, b"\xff", "48K"), {f"{CACHE}/index0/level": "2"},
+    *(cache(0, 2, size) | cache(1, 3, size) for size in NONSENSE),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("files", UNSAID)
 def test_cache_sizes_that_the_system_does_not_say(tmp_path, files):
     root = system(tmp_path, files)
     assert (cache_bytes(2, root), cache_bytes(3, root)) == (1 << 20, 32 << 20)
+
+
+def test_a_cache_that_is_said_after_one_that_is_not(tmp_path):
+    assert cache_bytes(3, system(tmp_path, cache(2, 3, "0K") | cache(3, 3, "16M"))) == 16 << 20
+
+
+def test_the_machine_is_read_in_any_locale(tmp_path):
+    """Python decodes text as ASCII here."""
+    group = b"gr\xc3\xbc\xff"
+    root = system(tmp_path, {SELF: b"0::/" + group, f"{TREE}/{os.fsdecode(group)}/cpu.max": "200000 100000"}
+                  | cache(0, 2, b"\xff") | cache(1, 3, "16M"))  # fmt: skip
+    code = f"""
+from pathlib import Path
+from gn_fast.machine import cache_bytes, cpu_quota
+root = Path({str(root)!r})
+print(cpu_quota(root), cache_bytes(2, root), cache_bytes(3, root), open(os.devnull).encoding)"""
+    printed = python(code, LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0").stdout.split()
+    assert printed[:3] == ["2", str(1 << 20), str(16 << 20)]
+    assert printed[3] in ("ANSI_X3.4-1968", "US-ASCII")
 
 
 # ---- forks and crowds ------------------------------------------------------------------------------------
