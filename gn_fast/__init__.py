@@ -4,18 +4,33 @@ This file is the list of what is public. The functions live in the compiled ``_c
 functions in plain NumPy, to read and to test against, in `gn_fast.reference`.
 """
 
+import sys
+
+__version__ = "0.1.0"  # here only: the build reads it from the text
+
 from . import reference
-from ._core import (
-    clear_pool,
-    get_num_threads,
-    group_moments,
-    group_norm,
-    group_norm_backward,
-    isa_levels,
-    num_threads,
-    set_num_threads,
-    use_isa,
-)
+
+try:
+    from ._core import (
+        clear_pool,
+        get_num_threads,
+        group_moments,
+        group_norm,
+        group_norm_backward,
+        isa_levels,
+        num_threads,
+        set_num_threads,
+        use_isa,
+    )
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith(f"{__name__}._"):
+        raise
+    raise ImportError(
+        f"{error.name} is not built for this Python ({sys.implementation.cache_tag}) in {__path__[0]}. If "
+        "these are gn_fast's sources, build them there: pip install -e . To use a gn_fast that is installed, "
+        "start Python in another folder: one with the sources hides it, as does PYTHONPATH",
+        name=error.name,
+    ) from error
 from .config import show_config
 from .moments import Moments
 

@@ -1,11 +1,13 @@
-"""What gn_fast found on this machine and chose: `show_config`. How it is chosen lives in src/isa.pxi, threads.pxi and pool.pxi."""
+"""What gn_fast found on this machine and chose: `show_config`.
 
-from importlib.metadata import version
+How it is chosen lives in src/isa.pxi, src/threads.pxi and src/pool.pxi.
+"""
+
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from . import _core
+from . import __version__, _core
 
 
 @overload
@@ -41,7 +43,7 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode must be 'stdout' or 'dicts', not {mode!r}")
-    config = {"versions": {"gn_fast": version("gn_fast"), "numpy": np.__version__}, **_core._config()}
+    config = {"versions": {"gn_fast": __version__, "numpy": np.__version__}, **_core._config()}
     if mode == "dicts":
         return config
     for section, entries in config.items():

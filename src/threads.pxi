@@ -4,6 +4,7 @@
 import contextlib
 import contextvars
 import os
+import sys
 import warnings
 
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -41,6 +42,17 @@ def _thread_count(value, name):
     return count
 
 
+def _warn(message):
+    """A RuntimeWarning at the line outside of gn_fast and of the import system that led here. Frames of compiled code do
+    not exist, and skip_file_prefixes not before Python 3.12."""
+    frame = sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("gn_fast", "importlib"):
+        frame = frame.f_back
+    warnings.warn_explicit(message, RuntimeWarning, frame.f_code.co_filename, frame.f_lineno,
+                           module=frame.f_globals.get("__name__"),
+                           registry=frame.f_globals.setdefault("__warningregistry__", {}))
+
+
 def _integer_of_environment(name, least):
     """An environment variable's integer; None, with a warning, if it is none of at least `least`, or is not set."""
     text = os.environ.get(name, "")
@@ -52,8 +64,7 @@ def _integer_of_environment(name, least):
             return value
     except ValueError:
         pass
-    warnings.warn(f"{name} must be an integer of at least {least}, not {text!r}; it is ignored",
-                  RuntimeWarning, stacklevel=2)
+    _warn(f"{name} must be an integer of at least {least}, not {text!r}; it is ignored")
     return None
 
 
@@ -64,6 +75,7 @@ def _threads_of_environment():
 _process_threads = _threads_of_environment()
 _context_threads = contextvars.ContextVar("gn_fast.num_threads", default=None)
 _quota = cpu_quota()
+_openmp_is_missed = not GN_OPENMP  # until it is said
 
 
 def _processors():
@@ -95,6 +107,18 @@ def get_num_threads():
 def _resolve_threads(wanted):
     wanted = wanted or _context_threads.get() or _process_threads or omp_get_max_threads()
     return max(1, min(wanted, _processors()))
+
+
+def _miss_openmp(wanted):
+    """Say once that OpenMP is missing, at the first call that it would have shared among CPUs."""
+    global _openmp_is_missed
+    cpus = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _quota)
+    default = 1 if os.environ.get("OMP_NUM_THREADS") == "1" else cpus
+    if min(wanted or _context_threads.get() or _process_threads or default, cpus) > 1:
+        _openmp_is_missed = False
+        _warn(f"gn_fast was built without OpenMP and runs on one of {cpus} CPUs: install OpenMP (GCC has it; for Clang "
+              "it is libomp-dev, on macOS Homebrew's libomp) and build gn_fast again, as docs/building.md tells; if one "
+              "is enough, GN_FAST_NUM_THREADS=1 says so")
 
 
 def set_num_threads(n):
@@ -307,6 +331,8 @@ cdef int run(Plan *plan, wanted_threads) except -1:
     unit_bytes = values // job.units * job.x.itemsize
     plan.threads = 1
     if values >= WORTH_A_THREAD:
+        if _openmp_is_missed and job.units * job.chunks > 1:
+            _miss_openmp(wanted_threads)
         plan.threads = min(<Py_ssize_t> _resolve_threads(wanted_threads), job.units * job.chunks)
     together = share_units(plan, unit_bytes)
     plan.batch = units_together(plan, unit_bytes)
