@@ -22,15 +22,15 @@ try:
         set_num_threads,
         use_isa,
     )
-except ModuleNotFoundError as error:
-    if not (error.name or "").startswith(f"{__name__}._"):
+except ModuleNotFoundError as _error:
+    if not (_error.name or "").startswith(f"{__name__}._"):
         raise
     raise ImportError(
-        f"{error.name} is not built for this Python ({sys.implementation.cache_tag}) in {__path__[0]}. If "
+        f"{_error.name} is not built for this Python ({sys.implementation.cache_tag}) in {__path__[0]}. If "
         "these are gn_fast's sources, build them there: pip install -e . To use a gn_fast that is installed, "
         "start Python in another folder: one with the sources hides it, as does PYTHONPATH",
-        name=error.name,
-    ) from error
+        name=_error.name,
+    ) from _error
 from .config import show_config
 from .moments import Moments
 

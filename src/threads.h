@@ -4,6 +4,9 @@
 #define GN_FAST_THREADS_H
 
 #include <stdint.h>
+
+#include "ieee.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -56,9 +59,9 @@ static inline void gn_leave(unsigned before) {
 }
 
 /* The x86-64 psABI level that both the CPU and the operating system support: 2, 3 or 4 (1 for less, 0 on
-   other machines).  Bits: Intel SDM volume 2, CPUID; x86-64 psABI, table 3.1. */
+   other machines, and where only the baseline was built).  Bits: Intel SDM volume 2, CPUID; x86-64 psABI, table 3.1. */
 static inline int gn_x86_64_level(void) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(GN_BASELINE)
     unsigned a, b, c, d, b7, x, xcr0 = 0, top;
     const unsigned v2 = 1u << 0 | 1u << 9 | 1u << 13 | 1u << 19 | 1u << 20 | 1u << 23; /* sse3 ssse3 cx16 sse4.1 sse4.2 popcnt */
     const unsigned v3 = 1u << 12 | 1u << 22 | 1u << 27 | 1u << 28 | 1u << 29;          /* fma movbe osxsave avx f16c */

@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "ieee.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
