@@ -14,6 +14,7 @@ try:
     from ._core import (
         clear_pool,
         get_num_threads,
+        group_gradient_sums,
         group_moments,
         group_norm,
         group_norm_backward,
@@ -32,12 +33,15 @@ except ModuleNotFoundError as _error:
         name=_error.name,
     ) from _error
 from .config import show_config
+from .gradient_sums import GradientSums
 from .moments import Moments
 
 __all__ = [
+    "GradientSums",
     "Moments",
     "clear_pool",
     "get_num_threads",
+    "group_gradient_sums",
     "group_moments",
     "group_norm",
     "group_norm_backward",

@@ -6,6 +6,7 @@ from typing import Any, Literal, SupportsIndex, TypeAlias, overload
 
 from numpy.typing import ArrayLike, NDArray
 
+from .gradient_sums import GradientSums
 from .moments import Moments
 
 _Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh", "mish"] | None
@@ -60,6 +61,7 @@ def group_norm_backward(
     activation: _Activation = None,
     mask: ArrayLike | None = None,
     moments: Moments | None = None,
+    sums: GradientSums | None = None,
     out: NDArray[Any] | None = None,
     num_threads: SupportsIndex | None = None,
 ) -> tuple[NDArray[Any], _Gradient, _Gradient]: ...
@@ -77,6 +79,7 @@ def group_norm_backward(
     activation: _Activation = None,
     mask: ArrayLike | None = None,
     moments: Moments | None = None,
+    sums: GradientSums | None = None,
     out: NDArray[Any] | None = None,
     num_threads: SupportsIndex | None = None,
 ) -> tuple[NDArray[Any], _Gradient, _Gradient, NDArray[Any]]: ...
@@ -88,6 +91,21 @@ def group_moments(
     mask: ArrayLike | None = None,
     num_threads: SupportsIndex | None = None,
 ) -> Moments: ...
+def group_gradient_sums(
+    dy: ArrayLike,
+    x: ArrayLike,
+    num_groups: SupportsIndex,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: SupportsIndex = 1,
+    residual: ArrayLike | None = None,
+    activation: _Activation = None,
+    mask: ArrayLike | None = None,
+    moments: Moments | None = None,
+    num_threads: SupportsIndex | None = None,
+) -> GradientSums: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: SupportsIndex | None) -> None: ...
 @contextmanager

@@ -12,9 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from .gradient_sums import GradientSums
 from .moments import Moments
 
-__all__ = ["Moments", "group_moments", "group_norm", "group_norm_backward"]
+__all__ = [
+    "GradientSums",
+    "Moments",
+    "group_gradient_sums",
+    "group_moments",
+    "group_norm",
+    "group_norm_backward",
+]
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
@@ -130,6 +138,7 @@ def group_norm_backward(
     activation: str | None = None,
     mask: ArrayLike | None = None,
     moments: Moments | None = None,
+    sums: GradientSums | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array | None, ...]:
@@ -146,6 +155,11 @@ def group_norm_backward(
         them: each counted value of `x` is taken for one of the `moments.count` that made them. So
         for a tile of a larger whole this is the exact gradient of what the tile's own outputs
         contribute. Where `moments.count` is 0 they are constants.
+    sums : GradientSums, optional
+        What `group_gradient_sums` gives, of the whole that the `moments` belong to, in place of
+        the sums of `x` and `dy`: then dx is the exact gradient of the whole, and dweight and dbias
+        are those of the whole. With `GradientSums.zeros` the moments are constants, and dweight
+        and dbias are 0. Only together with `moments`.
     out : ndarray, optional
         Takes dx; may be `dy`.
 
@@ -161,7 +175,8 @@ def group_norm_backward(
     Raises
     ------
     TypeError, ValueError
-        As `group_norm`, and if `dy` does not have the shape of `x`.
+        As `group_norm`; if `dy` does not have the shape of `x`; and if `sums` does not fit or
+        comes without `moments`.
 
     Notes
     -----
@@ -179,7 +194,8 @@ def group_norm_backward(
         dx = rstd * (dxhat - a - xhat * b)
 
     A value that the mask leaves out moves no statistics, so its a and b terms vanish; but its
-    output depends on them, so its own dxhat is in both sums.
+    output depends on them, so its own dxhat is in both sums. If its dz is 0 it is in none, not
+    even as 0 * NaN: whatever `x` and `residual` hold there, its dx is 0.
 
     The paper (arXiv:1803.08494) leaves the gradient to automatic differentiation; these are the
     formulas of Ioffe and Szegedy, "Batch Normalization", 2015, arXiv:1502.03167, section 3, over
@@ -198,34 +214,86 @@ def group_norm_backward(
     """
     x = np.asarray(x)
     dtype = _result_dtype("x", x)
-    act = _activation(activation)
     with np.errstate(all="ignore"):
         values = _channels_first("x", x, x.shape, axis)
         dy = _channels_first("dy", dy, x.shape, axis)
+        added = None if residual is None else _channels_first("residual", residual, x.shape, axis)
         keep = _counted(mask, x.shape, axis)
-        moments = _statistics(values, num_groups, keep, moments)
-        rstd = _spread(moments.rstd(eps), values)
-        xhat = (values - _spread(moments.mean, values)) * rstd
-        z = _affine(xhat, weight, bias)
-        if residual is not None:
-            z = z + _channels_first("residual", residual, x.shape, axis)
+        whole = _statistics(values, num_groups, keep, moments)
+        dz, xhat = _dz_and_xhat(dy, values, whole, keep, weight, bias, eps, added, activation)
+        sums = _sums(dz, xhat) if sums is None else _checked_sums(sums, values, moments)
 
-        _, slope = act(z)
-        # relu's slope is a switch, as in PyTorch: closed, it stops a NaN of dy too; at a NaN it is open.
-        dz = np.where(z <= 0, 0.0, dy) if activation == "relu" else dy * slope
+        rstd = _spread(whole.rstd(eps), values)
         dxhat = _affine(dz, weight, None)
-        count = np.maximum(moments.count, 1)
-        a = _spread(_slabs(dxhat, num_groups).sum(axis=-1) / count, values)
-        b = _spread(_slabs(dxhat * xhat, num_groups).sum(axis=-1) / count, values)
-        moves_statistics = keep & _spread(moments.count > 0, values)
-        dx = rstd * (dxhat - np.where(moves_statistics, a + xhat * b, 0.0))
+        count = np.maximum(whole.count, 1)
+        each = 1.0 if weight is None else _rows("weight", weight, values)
+        a = _slabs(each * sums.dbias, num_groups).sum(axis=-1) / count
+        b = _slabs(each * sums.dweight, num_groups).sum(axis=-1) / count
+        through_statistics = _spread(a, values) + xhat * _spread(b, values)
+        moves_statistics = keep & _spread(whole.count > 0, values)
+        dx = rstd * (dxhat - np.where(moves_statistics, through_statistics, 0.0))
 
         gradients = (
             _store(dx, x, dtype, axis, out),
-            _sum_like("weight", weight, dz * xhat),
-            _sum_like("bias", bias, dz),
+            _gradient_of("weight", weight, sums.dweight, values),
+            _gradient_of("bias", bias, sums.dbias, values),
         )
         return gradients if residual is None else (*gradients, _store(dz, x, dtype, axis, None))
+
+
+def group_gradient_sums(
+    dy: ArrayLike,
+    x: ArrayLike,
+    num_groups: int,
+    weight: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    eps: float = 1e-5,
+    *,
+    axis: int = 1,
+    residual: ArrayLike | None = None,
+    activation: str | None = None,
+    mask: ArrayLike | None = None,
+    moments: Moments | None = None,
+    num_threads: int | None = None,
+) -> GradientSums:
+    """Sums that `group_norm_backward` needs of a whole, of each channel of each sample.
+
+    Parameters
+    ----------
+    dy, x, num_groups, weight, bias, eps, axis, residual, activation, mask, moments, num_threads
+        As in `group_norm_backward`.
+
+    Returns
+    -------
+    GradientSums
+        sum(dz * xhat) and sum(dz) over the positions of a channel.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `group_norm_backward`.
+
+    Notes
+    -----
+    See `group_norm_backward`, whose sums a and b are sum(weight * dbias) and sum(weight * dweight)
+    over the channels of a group.
+
+    Examples
+    --------
+    >>> s = group_gradient_sums([[1.0, 0.0]], [[1.0, 3.0]], num_groups=1, eps=3.0)
+    >>> s.dweight
+    array([[-0.5,  0. ]])
+    >>> s.dbias
+    array([[1., 0.]])
+    """
+    x = np.asarray(x)
+    with np.errstate(all="ignore"):
+        values = _channels_first("x", x, x.shape, axis)
+        dy = _channels_first("dy", dy, x.shape, axis)
+        added = None if residual is None else _channels_first("residual", residual, x.shape, axis)
+        keep = _counted(mask, x.shape, axis)
+        moments = _statistics(values, num_groups, keep, moments)
+        return _sums(*_dz_and_xhat(dy, values, moments, keep, weight, bias, eps, added, activation))
 
 
 def group_moments(
@@ -302,6 +370,47 @@ def _statistics(
     rest = total((slabs - mean) / d)  # what rounding the mean left out, up to half an ulp of it
     m2 = total((slabs - mean - rest) ** 2)
     return Moments(count[..., 0], mean[..., 0], m2[..., 0])
+
+
+# ---- what both sweeps of the gradient begin with -------------------------------------------------
+
+
+def _dz_and_xhat(
+    dy: Float64,
+    values: Float64,
+    moments: Moments,
+    keep: NDArray[np.bool_],
+    weight: ArrayLike | None,
+    bias: ArrayLike | None,
+    eps: float,
+    residual: Float64 | None,
+    activation: str | None,
+) -> tuple[Float64, Float64]:
+    """What the gradient is made of: where a position is masked out and passes nothing on, both are 0."""
+    act = _activation(activation)
+    xhat = (values - _spread(moments.mean, values)) * _spread(moments.rstd(eps), values)
+    z = _affine(xhat, weight, bias)
+    if residual is not None:
+        z = z + residual
+    z = np.where(~keep & (dy == 0), 0.0, z)
+    _, slope = act(z)
+    # relu's slope is a switch, as in PyTorch: closed, it stops a NaN of dy too; at a NaN it is open.
+    dz = np.where(z <= 0, 0.0, dy) if activation == "relu" else dy * slope
+    return dz, np.where(~keep & (dz == 0), 0.0, xhat)
+
+
+def _sums(dz: Float64, xhat: Float64) -> GradientSums:
+    n, c, *spatial = dz.shape
+    rows = n, c, math.prod(spatial)
+    return GradientSums((dz * xhat).reshape(rows).sum(axis=-1), dz.reshape(rows).sum(axis=-1))
+
+
+def _checked_sums(sums: GradientSums, values: Float64, moments: Moments | None) -> GradientSums:
+    if moments is None:
+        raise ValueError("moments must be given with sums: those that they were taken with")
+    if sums.dbias.shape != values.shape[:2]:
+        raise ValueError(f"sums must have the shape {values.shape[:2]}, got {sums.dbias.shape}")
+    return sums
 
 
 # ---- the activations: value and derivative -------------------------------------------------------
@@ -432,14 +541,14 @@ def _affine(values: Float64, weight: ArrayLike | None, bias: ArrayLike | None) -
 
 
 def _per_channel(name: str, parameter: ArrayLike, values: Float64) -> Float64:
+    rows = _rows(name, parameter, values)
+    return rows.reshape(*rows.shape, *(1,) * (values.ndim - 2))
+
+
+def _rows(name: str, parameter: ArrayLike, values: Float64) -> Float64:
+    """A weight or bias as (N, C), with 1 for what samples or channels share."""
     parameter = np.asarray(parameter)
     _result_dtype(name, parameter)
-    rows = _rows(name, parameter, values)
-    return parameter.astype(np.float64).reshape(*rows, *(1,) * (values.ndim - 2))
-
-
-def _rows(name: str, parameter: Array, values: Float64) -> tuple[int, int]:
-    """Of how many samples and channels a weight or bias has values of their own."""
     n, c, *spatial = values.shape
     ones = (1,) * len(spatial)
     rows: dict[tuple[int, ...], tuple[int, int]] = {(): (1, 1)}
@@ -447,16 +556,16 @@ def _rows(name: str, parameter: Array, values: Float64) -> tuple[int, int]:
         rows[shape] = rows[*shape, *ones] = (n if len(shape) == 2 and shape[0] == n else 1, c)
     if parameter.shape not in rows:
         raise ValueError(f"{name} must have one of the shapes {list(rows)}, got {parameter.shape}")
-    return rows[parameter.shape]
+    return parameter.astype(np.float64).reshape(rows[parameter.shape])
 
 
-def _sum_like(name: str, parameter: ArrayLike | None, terms: Float64) -> Array | None:
+def _gradient_of(
+    name: str, parameter: ArrayLike | None, sums: Float64, values: Float64
+) -> Array | None:
     if parameter is None:
         return None
     parameter = np.asarray(parameter)
-    n, c, *spatial = terms.shape
-    sums = terms.reshape(n, c, math.prod(spatial)).sum(axis=-1)
-    shared = tuple(d for d, size in enumerate(_rows(name, parameter, terms)) if size == 1)
+    shared = tuple(d for d, size in enumerate(_rows(name, parameter, values).shape) if size == 1)
     total = sums.sum(axis=shared).reshape(parameter.shape)
     return _round(total, _result_dtype(name, parameter))
 

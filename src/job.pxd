@@ -47,7 +47,7 @@ cdef struct Job:  # everything a kernel needs to know of one call
     int64_t *count  # the (N, G) statistics: given, wanted, or NULL
     double *mean
     double *m2
-    double *dweight  # (blocks, C)
+    double *dweight  # sums of dy' * xhat and of dy': found, (blocks, C), or given, (N, C)
     double *dbias
 
 cdef struct Unit:
@@ -117,7 +117,8 @@ cdef struct Kernel:
     Pass given  # the statistics are read from the job
     Pass moments  # or found
     Pass affine  # y <- act((x - mean) * rstd * weight + bias + residual)
-    Pass sums  # the sums of the gradient, dweight and dbias
+    Pass given_sums  # the sums of the gradient, dweight and dbias, are read from the job
+    Pass sums  # or found
     Pass gradient  # dx
     Py_ssize_t (*scratch_bytes)(const Job *job) noexcept nogil
     Scratch (*scratch_of)(const Job *job, char *memory) noexcept nogil

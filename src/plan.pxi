@@ -144,6 +144,16 @@ cdef checked_moments(Job *job, moments, out):
     return moments
 
 
+cdef checked_sums(Job *job, sums, moments):
+    if not isinstance(sums, GradientSums):
+        raise TypeError(f"sums must be gn_fast.GradientSums, not {type(sums).__name__}")
+    if sums.dbias.shape != (job.N, job.C):
+        raise ValueError(f"sums must have shape ({job.N}, {job.C}), samples and channels, not {sums.dbias.shape}")
+    if moments is None:
+        raise ValueError("sums must come with moments, the statistics that they were taken with, not with moments=None")
+    return sums
+
+
 cdef int use_moments(Job *job, moments) except -1:
     """Point the job at the arrays of these Moments, which the caller keeps alive."""
     job.count = <int64_t *> cnp.PyArray_DATA(moments.count)
@@ -155,6 +165,34 @@ cdef int use_moments(Job *job, moments) except -1:
 cdef empty_moments(Job *job):
     shape = (job.N, job.G)
     return Moments._trusted(np.zeros(shape, np.int64), np.zeros(shape), np.zeros(shape))
+
+
+cdef tuple find_sums(Call *call, Py_ssize_t block):
+    """Add the pass that finds the gradient's sums. Returns dweight and dbias, a row for each block of samples."""
+    cdef Job *job = &call.job
+    job.block = block
+    blocks = max(1, (job.N + block - 1) // block)
+    add_pass(call, &kernel.sums)
+    return use_sums(call, fresh_zeros(blocks, max(1, job.C)), fresh_zeros(blocks, max(1, job.C)))
+
+
+cdef tuple take_sums(Call *call, sums):
+    """Add the pass that reads the gradient's sums. Returns copies: they are added up in place."""
+    cdef Job *job = &call.job
+    job.block = 1
+    dweight, dbias = fresh_zeros(max(1, job.N), max(1, job.C)), fresh_zeros(max(1, job.N), max(1, job.C))
+    (<object> dweight)[:job.N, :job.C] = sums.dweight
+    (<object> dbias)[:job.N, :job.C] = sums.dbias
+    add_pass(call, &kernel.given_sums)
+    return use_sums(call, dweight, dbias)
+
+
+cdef tuple use_sums(Call *call, cnp.ndarray dweight, cnp.ndarray dbias):
+    """Point the job at these arrays, which the caller keeps alive."""
+    call.job.dweight = <double *> cnp.PyArray_DATA(dweight)
+    call.job.dbias = <double *> cnp.PyArray_DATA(dbias)
+    call.plan.size = slopes_at(&call.job) + 2 * call.job.unit_groups
+    return dweight, dbias
 
 
 cdef settle_types(Job *job):

@@ -14,7 +14,8 @@ import gn_fast
 def results(call):
     y, moments = gn_fast.group_norm(**call, return_moments=True)
     gradients = gn_fast.group_norm_backward(call["x"], **call)
-    return y, moments.count, moments.mean, moments.m2, *gradients
+    sums = gn_fast.group_gradient_sums(call["x"], **call)
+    return y, moments.count, moments.mean, moments.m2, *gradients, sums.dweight, sums.dbias
 
 
 def main():

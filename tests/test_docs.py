@@ -17,7 +17,8 @@ from gn_fast import reference
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PUBLIC = [name for name in gn_fast.__all__ if name != "reference"]
-FUNCTIONS = [name for name in PUBLIC if name != "Moments"]
+CLASSES = {"GradientSums": gn_fast.GradientSums, "Moments": gn_fast.Moments}
+FUNCTIONS = [name for name in PUBLIC if name not in CLASSES]
 NOTHING_RETURNED = {"clear_pool", "set_num_threads", "num_threads", "use_isa"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -48,7 +49,7 @@ def test_what_is_public_is_listed():
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_run(name):
-    tests = doctest.DocTestFinder().find(getattr(gn_fast, name), name, globs={"Moments": gn_fast.Moments})
+    tests = doctest.DocTestFinder().find(getattr(gn_fast, name), name, globs=dict(CLASSES))
     assert any(test.examples for test in tests), "no example"
     for test in tests:
         run(test)
@@ -67,13 +68,15 @@ def test_docstrings_have_their_sections(name):
         assert "Returns" in has
 
 
-@pytest.mark.parametrize("name", ["group_norm", "group_norm_backward", "group_moments", "Moments.merge"])
+@pytest.mark.parametrize(
+    "name", ["group_norm", "group_norm_backward", "group_moments", "group_gradient_sums", "Moments.merge"]
+)
 def test_formulas_have_their_source(name):
     public = gn_fast.Moments.merge if "." in name else getattr(gn_fast, name)
     assert re.search(r"arXiv:\d{4}\.\d{5}|\(19\d\d\)", sections(public.__doc__)["Notes"])
 
 
-@pytest.mark.parametrize("name", sorted(set(reference.__all__) & set(PUBLIC) - {"Moments"}))
+@pytest.mark.parametrize("name", sorted(set(reference.__all__) & set(FUNCTIONS)))
 def test_the_reference_has_the_same_arguments(name):
     def arguments(module):
         parameters = inspect.signature(getattr(module, name)).parameters.values()

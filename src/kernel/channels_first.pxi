@@ -197,7 +197,7 @@ cdef bint group_parameters(const Task *task, const Part *p, double rstd, const d
     cdef double *shift = task.scratch.channels + parameters_of(job)
     cdef bint ok
     runs.mean = in_type(mean, like)
-    rest = mean - runs.mean if vec is floats else 0
+    rest = rest_of(mean, like)
     runs.scale = task.scratch.channels
     runs.shift = shift
     runs.leak = job.leak
@@ -351,7 +351,7 @@ cdef bint group_sums(const Task *task, const Unit *u, const Part *p, double rstd
         return False
     runs.mean = in_type(mean, like)
     sums_part(task, p, &runs, sums, sums + u.channels, _, like)
-    return centre_sums(p.channels, mean - runs.mean if vec is floats else 0, sums, sums + u.channels) or vec is doubles
+    return centre_sums(p.channels, rest_of(mean, like), sums, sums + u.channels) or vec is doubles
 
 
 cdef void channels_first_sums(const Task *task, const stored *_, vec like) noexcept nogil:
@@ -394,6 +394,25 @@ cdef void settle_sums(const Job *job, Py_ssize_t unit, double *known, const Scra
             dweight += job.K
         slopes[2 * g] = slopes[2 * g] / count if count > 0 else 0
         slopes[2 * g + 1] = slopes[2 * g + 1] / count if count > 0 else 0
+
+
+cdef void take_sums(const Job *job, Py_ssize_t unit, double *known, const Scratch *scratch) noexcept nogil:
+    """a and b of a unit's groups, from the sums of each sample that are given."""
+    cdef Unit u = unit_of(job, unit)
+    cdef double *slopes = known + slopes_at(job)
+    cdef const double *dbias = job.dbias + u.n * job.C
+    cdef const double *dweight = job.dweight + u.n * job.C
+    cdef double count, weight = 1, a, b
+    cdef Py_ssize_t g, c
+    for g in range(u.groups):
+        count = known[COUNT * u.groups + g]
+        a = b = 0
+        for c in range(u.c + g * job.K, u.c + (g + 1) * job.K):
+            read_channels(&job.weight, u.n, c, 1, 1, &weight)
+            a += weight * dbias[c]
+            b += weight * dweight[c]
+        slopes[2 * g] = a / count if count > 0 else 0
+        slopes[2 * g + 1] = b / count if count > 0 else 0
 
 
 cdef void add_sums(const Job *job, double *into, const double *other) noexcept nogil:

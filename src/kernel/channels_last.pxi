@@ -82,7 +82,7 @@ cdef bint lane_parameters(const Task *task, const Span *whole, const double *slo
     for g in range(whole.c // job.K, (whole.c + whole.lanes) // job.K):
         p.c = g * job.K
         mean = known[PIVOT * job.G + g]
-        rest = mean - in_type(mean, like)
+        rest = rest_of(mean, like)
         rstd = rstd_of(job, known, job.G, g)
         ok &= channel_parameters(job, &p, rstd, rest, scale + p.c, shift + p.c) and comfortable(mean)
         for i in range(p.c, p.c + job.K):
@@ -431,7 +431,7 @@ cdef bint sums_chunk(const Task *task, const Span *whole, double *sums, const st
     cdef Lanes l
     cdef Span t
     cdef Py_ssize_t g, c
-    cdef double mean, rest
+    cdef double mean
     cdef bint ok, all_ok = True
     lane_parameters(task, whole, NULL, &grid, like)
     l = lanes_from(job, task.scratch, grid.mean, 5)
@@ -439,9 +439,8 @@ cdef bint sums_chunk(const Task *task, const Span *whole, double *sums, const st
     for g in range(job.G):
         c = g * job.K
         mean = task.known[PIVOT * job.G + g]
-        rest = mean - in_type(mean, like) if vec is floats else 0
         t = group_of(job, whole, g)
-        ok = centre_sums(job.K, rest, l.sum + c, l.product + c) and sums_carried(rstd_of(job, task.known, job.G, g), mean)
+        ok = centre_sums(job.K, rest_of(mean, like), l.sum + c, l.product + c) and sums_carried(rstd_of(job, task.known, job.G, g), mean)
         if vec is doubles or (ok and lane_parameters(task, &t, NULL, &grid, like)):
             if sums[c] == INFINITY:
                 memcpy(sums + c, l.sum + c, job.K * sizeof(double))

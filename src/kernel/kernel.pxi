@@ -107,6 +107,7 @@ cdef Kernel kernel
 kernel.given = Pass(NULL, NULL, take_moments)
 kernel.moments = Pass(moments, merge, give_moments)
 kernel.affine = Pass(affine, NULL, NULL)
+kernel.given_sums = Pass(NULL, NULL, take_sums)
 kernel.sums = Pass(sums, add_sums, settle_sums)
 kernel.gradient = Pass(gradient, NULL, NULL)
 kernel.scratch_bytes = scratch_bytes

@@ -155,6 +155,11 @@ cdef void take_moments(const Job *job, Py_ssize_t unit, double *known, const Scr
         known[M2 * u.groups + g] = job.m2[i + g] if job.count[i + g] > 0 else 0
 
 
+cdef inline double rest_of(double mean, vec like) noexcept nogil:
+    """What rounding a mean to the compute type leaves out: nothing in float64, where infinity would leave NaN."""
+    return 0 if vec is doubles else mean - in_type(mean, like)
+
+
 cdef inline void rstds_of(const Job *job, const double *known, Py_ssize_t groups, double *rstd) noexcept nogil:
     """Of all groups of a unit, DOUBLES at a time."""
     cdef doubles one = gn_all_doubles(1), eps = gn_all_doubles(job.eps), count, m2

@@ -92,10 +92,10 @@ cdef Short short_of(const Task *task, const double *slopes, vec like) noexcept n
     rstds_of(job, task.known, n, p.rstd)
     for g in range(n):
         p.mean[g] = in_type(pivot[g], like)
-        p.rest[g] = (p.mean[g] - pivot[g]) * p.rstd[g]
+        p.rest[g] = -rest_of(pivot[g], like) * p.rstd[g]
     for g in range(n if slopes != NULL else 0):
         p.slope[g] = p.rstd[g] * p.rstd[g] * slopes[2 * g + 1]
-        p.constant[g] = p.rstd[g] * slopes[2 * g] - p.slope[g] * (pivot[g] - p.mean[g])
+        p.constant[g] = p.rstd[g] * slopes[2 * g] - p.slope[g] * rest_of(pivot[g], like)
     return p
 
 
@@ -242,40 +242,54 @@ cdef void add_by_channel(const Job *job, Py_ssize_t first, Py_ssize_t n, const d
         run = job.S
 
 
-cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil:
+cdef inline void add_shares(const Task *task, const Short *p, Py_ssize_t g, Py_ssize_t i, const stored *x, const stored *dy,
+                            double *lanes) noexcept nogil:
+    """Those of some values, of which the first is the i-th of the sample."""
     cdef const Job *job = task.job
-    cdef const Scratch *scratch = task.scratch
-    cdef const double *pivot = task.known + PIVOT * job.unit_groups
-    cdef Short p = short_of(task, NULL, like)
-    cdef double lanes[2 * LANES]
-    cdef double *each = scratch.channels
-    cdef double *slopes = task.found + slopes_at(job)
+    cdef double *each = task.scratch.channels
     cdef double *dbias = job.dbias + p.t.n // job.block * job.C
     cdef double *dweight = job.dweight + p.t.n // job.block * job.C
+    cdef double mean = task.known[PIVOT * p.groups + g]
+    cdef Py_ssize_t n = p.a.values
+    if job.S == 1:
+        add_short(x, dy, &p.a, mean, dbias + i, dweight + i, lanes)
+    else:
+        memset(each, 0, n * sizeof(double))
+        memset(each + SHORT_TILE, 0, n * sizeof(double))
+        add_short(x, dy, &p.a, mean, each, each + SHORT_TILE, lanes)
+        add_by_channel(job, i, n, each, dbias)
+        add_by_channel(job, i, n, each + SHORT_TILE, dweight)
+
+
+cdef void sum_group(const Task *task, Short *p, Py_ssize_t g, double *lanes, const stored *_, vec like) noexcept nogil:
+    """One group, tile by tile."""
+    cdef const stored *x
+    cdef Py_ssize_t first
+    for first from 0 <= first < p.values by SHORT_TILE:
+        set_tile(task.job, p, g, first, task.scratch, like)
+        x = x_of(task.job, &p.t, task.scratch, _)
+        add_shares(task, p, g, p.i + g * p.values + first, x, gradient_tile(task, VALUES, &p.t, x, &p.a, like), lanes)
+
+
+cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil:
+    cdef const Job *job = task.job
+    cdef Short p = short_of(task, NULL, like)
+    cdef double lanes[2 * LANES]
+    cdef double *slopes = task.found + slopes_at(job)
     cdef const stored *x = start_of(&job.x, &p.t, _)
     cdef const stored *dy = start_of(&job.dy, &p.t, _)
-    cdef Py_ssize_t g, i, first, n
-    cdef bint ready = all_ready(job, &p, &job.dy, _) and plain_gradient(job)
+    cdef Py_ssize_t g, i
+    cdef bint ready = plain_gradient(job) and p.values <= SHORT_TILE and all_ready(job, &p, &job.dy, _)
     p.a.groups = 1
     for g in range(p.groups):
         memset(lanes, 0, sizeof(lanes))
-        for first from 0 <= first < p.values by SHORT_TILE:
-            i = p.i + g * p.values + first
-            n = min(SHORT_TILE, p.values - first)
-            if ready:
-                set_parameters(job, &p, g, i, n)
-            else:
-                set_tile(job, &p, g, first, scratch, like)
-                x = x_of(job, &p.t, scratch, _)
-                dy = gradient_tile(task, VALUES, &p.t, x, &p.a, like)
-            if job.S == 1:
-                add_short(x, dy, &p.a, pivot[g], dbias + i, dweight + i, lanes)
-            else:
-                memset(each, 0, n * sizeof(double))
-                memset(each + SHORT_TILE, 0, n * sizeof(double))
-                add_short(x, dy, &p.a, pivot[g], each, each + SHORT_TILE, lanes)
-                add_by_channel(job, i, n, each, dbias)
-                add_by_channel(job, i, n, each + SHORT_TILE, dweight)
-            x += n
-            dy += n
+        i = g * p.values
+        if ready:
+            set_parameters(job, &p, g, p.i + i, p.values)
+            add_shares(task, &p, g, p.i + i, x + i, dy + i, lanes)
+        elif vec is doubles or job.activation == IDENTITY or short_carried(&p, g, False):
+            sum_group(task, &p, g, lanes, _, like)
+        else:
+            widen_group(&p, task.known, g, NULL)
+            sum_group(task, &p, g, lanes, <const double *> NULL, gn_all_doubles(0))
         gn_total(lanes, &slopes[2 * g], &slopes[2 * g + 1])
