@@ -189,7 +189,7 @@ cdef inline bint sums_carried(double rstd, double mean) noexcept nogil:
     return 2.0 ** -40 < rstd < 2.0 ** 40 and comfortable(mean)
 
 
-cdef bint group_parameters(const Task *task, const Part *p, double rstd, const double *slopes, Runs *runs,
+cdef inline bint group_parameters(const Task *task, const Part *p, double rstd, const double *slopes, Runs *runs,
                            vec like) noexcept nogil:
     """The parameters of channels of one group, and whether they are carried. Without slopes, those of y only."""
     cdef const Job *job = task.job

@@ -242,33 +242,49 @@ cdef void add_by_channel(const Job *job, Py_ssize_t first, Py_ssize_t n, const d
         run = job.S
 
 
-cdef inline void add_shares(const Task *task, const Short *p, Py_ssize_t g, Py_ssize_t i, const stored *x, const stored *dy,
-                            double *lanes) noexcept nogil:
-    """Those of some values, of which the first is the i-th of the sample."""
+cdef void sum_group(const Task *task, Short *p, Py_ssize_t g, double *lanes, const stored *_, vec like) noexcept nogil:
+    """One group, tile by tile."""
     cdef const Job *job = task.job
     cdef double *each = task.scratch.channels
     cdef double *dbias = job.dbias + p.t.n // job.block * job.C
     cdef double *dweight = job.dweight + p.t.n // job.block * job.C
     cdef double mean = task.known[PIVOT * p.groups + g]
-    cdef Py_ssize_t n = p.a.values
-    if job.S == 1:
-        add_short(x, dy, &p.a, mean, dbias + i, dweight + i, lanes)
-    else:
-        memset(each, 0, n * sizeof(double))
-        memset(each + SHORT_TILE, 0, n * sizeof(double))
-        add_short(x, dy, &p.a, mean, each, each + SHORT_TILE, lanes)
-        add_by_channel(job, i, n, each, dbias)
-        add_by_channel(job, i, n, each + SHORT_TILE, dweight)
-
-
-cdef void sum_group(const Task *task, Short *p, Py_ssize_t g, double *lanes, const stored *_, vec like) noexcept nogil:
-    """One group, tile by tile."""
     cdef const stored *x
-    cdef Py_ssize_t first
+    cdef const stored *dy
+    cdef Py_ssize_t first, i
     for first from 0 <= first < p.values by SHORT_TILE:
-        set_tile(task.job, p, g, first, task.scratch, like)
-        x = x_of(task.job, &p.t, task.scratch, _)
-        add_shares(task, p, g, p.i + g * p.values + first, x, gradient_tile(task, VALUES, &p.t, x, &p.a, like), lanes)
+        i = p.i + g * p.values + first
+        set_tile(job, p, g, first, task.scratch, like)
+        x = x_of(job, &p.t, task.scratch, _)
+        dy = gradient_tile(task, VALUES, &p.t, x, &p.a, like)
+        if job.S == 1:
+            add_short(x, dy, &p.a, mean, dbias + i, dweight + i, lanes)
+        else:
+            memset(each, 0, p.a.values * sizeof(double))
+            memset(each + SHORT_TILE, 0, p.a.values * sizeof(double))
+            add_short(x, dy, &p.a, mean, each, each + SHORT_TILE, lanes)
+            add_by_channel(job, i, p.a.values, each, dbias)
+            add_by_channel(job, i, p.a.values, each + SHORT_TILE, dweight)
+
+
+cdef void sum_groups(const Task *task, Short *p, double *slopes, const stored *_, vec like) noexcept nogil:
+    """All groups of channels of one position, as they lie in memory."""
+    cdef const Job *job = task.job
+    cdef double lanes[2 * LANES]
+    cdef double *dbias = job.dbias + p.t.n // job.block * job.C + p.i
+    cdef double *dweight = job.dweight + p.t.n // job.block * job.C + p.i
+    cdef const double *mean = task.known + PIVOT * p.groups
+    cdef const stored *x = start_of(&job.x, &p.t, _)
+    cdef const stored *dy = start_of(&job.dy, &p.t, _)
+    cdef Py_ssize_t g, i = 0
+    p.a.values = p.values
+    for g in range(p.groups):
+        memset(lanes, 0, sizeof(lanes))
+        p.a.rstd = p.rstd + g
+        p.a.weight = p.weights + (p.i + i) * job.weight_size
+        add_short(x + i, dy + i, &p.a, mean[g], dbias + i, dweight + i, lanes)
+        gn_total(lanes, &slopes[2 * g], &slopes[2 * g + 1])
+        i += p.values
 
 
 cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil:
@@ -276,18 +292,14 @@ cdef void short_sums(const Task *task, const stored *_, vec like) noexcept nogil
     cdef Short p = short_of(task, NULL, like)
     cdef double lanes[2 * LANES]
     cdef double *slopes = task.found + slopes_at(job)
-    cdef const stored *x = start_of(&job.x, &p.t, _)
-    cdef const stored *dy = start_of(&job.dy, &p.t, _)
-    cdef Py_ssize_t g, i
-    cdef bint ready = plain_gradient(job) and p.values <= SHORT_TILE and all_ready(job, &p, &job.dy, _)
+    cdef Py_ssize_t g
+    if job.S == 1 and plain_gradient(job) and p.values <= SHORT_TILE and all_ready(job, &p, &job.dy, _):
+        sum_groups(task, &p, slopes, _, like)
+        return
     p.a.groups = 1
     for g in range(p.groups):
         memset(lanes, 0, sizeof(lanes))
-        i = g * p.values
-        if ready:
-            set_parameters(job, &p, g, p.i + i, p.values)
-            add_shares(task, &p, g, p.i + i, x + i, dy + i, lanes)
-        elif vec is doubles or job.activation == IDENTITY or short_carried(&p, g, False):
+        if vec is doubles or job.activation == IDENTITY or short_carried(&p, g, False):
             sum_group(task, &p, g, lanes, _, like)
         else:
             widen_group(&p, task.known, g, NULL)
