@@ -264,38 +264,54 @@ cdef Py_ssize_t first_counted(const Job *job, const Span *whole, const Scratch *
     return t.s
 
 
-cdef inline double pivot_at(const void *pivot, Py_ssize_t i, vec like) noexcept nogil:
-    return (<const float *> pivot)[i] if vec is floats else (<const double *> pivot)[i]
+cdef inline doubles wide_lanes(const void *lanes, Py_ssize_t i, vec like) noexcept nogil:
+    if vec is floats:
+        return gn_doubles_of_float(<const float *> lanes + i)
+    else:
+        return gn_doubles_of_double(<const double *> lanes + i)
 
 
-cdef inline void move_sums(const Lanes *l, Py_ssize_t c, Py_ssize_t n, double count, double centre, double *sums,
-                           vec like) noexcept nogil:
-    """Add the sums of some channels, brought from their pivots to a centre."""
-    cdef double delta
-    cdef Py_ssize_t k
-    for k in range(n):
-        delta = pivot_at(l.pivot, c + k, like) - centre
-        sums[k] += (count * delta + l.sum[c + k]) + l.sum_low[c + k]
-        sums[LANES + k] += (delta * (count * delta + 2 * (l.sum[c + k] + l.sum_low[c + k])) + l.product[c + k]
-                             ) + l.product_low[c + k]
+cdef inline double wide_lane(const void *lanes, Py_ssize_t i, vec like) noexcept nogil:
+    return (<const float *> lanes)[i] if vec is floats else (<const double *> lanes)[i]
+
+
+cdef inline void move_sums(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count, double centre, double *sums,
+                           const stored *_, vec like) noexcept nogil:
+    """The sums of a group's channels, brought from their pivots to a centre, in LANES lanes."""
+    cdef doubles n = gn_all_doubles(count), delta, sum, product
+    cdef double d
+    cdef Py_ssize_t i = c, j, k
+    memset(sums, 0, 2 * LANES * sizeof(double))
+    for j in range(K // LANES):
+        for k in range(LANES // DOUBLES):
+            delta = wide_lanes(l.pivot, i, like) - gn_all_doubles(centre)
+            sum = gn_doubles_of_double(l.sum + i)
+            product = gn_doubles_of_double(l.product + i)
+            gn_add_doubles(sums + k * DOUBLES, gn_fma_doubles(n, delta, sum))
+            if stored is double:
+                gn_add_doubles(sums + k * DOUBLES, gn_doubles_of_double(l.sum_low + i))
+                sum += gn_doubles_of_double(l.sum_low + i)
+                product += gn_doubles_of_double(l.product_low + i)
+            gn_add_doubles(sums + LANES + k * DOUBLES, gn_fma_doubles(delta, gn_fma_doubles(n, delta, sum + sum), product))
+            i += DOUBLES
+    for k in range(K % LANES):
+        d = wide_lane(l.pivot, i + k, like) - centre
+        sums[k] += (count * d + l.sum[i + k]) + l.sum_low[i + k]
+        sums[LANES + k] += d * (count * d + 2 * (l.sum[i + k] + l.sum_low[i + k])) + (l.product[i + k] + l.product_low[i + k])
 
 
 cdef void gather_group(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count, double *found, Py_ssize_t groups,
-                       vec like) noexcept nogil:
+                       const stored *_, vec like) noexcept nogil:
     """The moments of a group from the sums of its channels: about the pivot of the first, which tells the mean, and then about what is
     near it and as short as pivots are, so that the differences are exact."""
     cdef double sums[2 * LANES]
-    cdef double centre = pivot_at(l.pivot, c, like), sum, square, shift
-    cdef Py_ssize_t k, again
-    for again in range(2):
-        memset(sums, 0, sizeof(sums))
-        for k in range(K // LANES):
-            move_sums(l, c + k * LANES, LANES, count, centre, sums, like)
-        move_sums(l, c + K - K % LANES, K % LANES, count, centre, sums, like)
-        gn_total(sums, &sum, &square)
-        if again == 0:
-            shift = sum / max(count * K, 1.0)
-            centre = settled(centre + shift, abs(centre) + abs(shift), gn_all_doubles(0))
+    cdef double centre = wide_lane(l.pivot, c, like), sum, square, shift
+    move_sums(l, c, K, count, centre, sums, _, like)
+    gn_total(sums, &sum, &square)
+    shift = sum / max(count * K, 1.0)
+    centre = settled(centre + shift, abs(centre) + abs(shift), gn_all_doubles(0))
+    move_sums(l, c, K, count, centre, sums, _, like)
+    gn_total(sums, &sum, &square)
     put_moments(count * K, sum, square, centre, found, groups)
 
 
@@ -310,7 +326,7 @@ cdef bint rows_moments(const Task *task, const Span *whole, const stored *_, vec
     count = sum_rows(task, whole, &l, NULL, _, like)
     for g in range(job.G):
         if not carried(found[M2 * job.G + g]):
-            gather_group(&l, g * job.K, job.K, count, found + g, job.G, like)
+            gather_group(&l, g * job.K, job.K, count, found + g, job.G, _, like)
             ok &= carried(found[M2 * job.G + g])
     return vec is doubles or ok
 

@@ -144,25 +144,38 @@ cdef inline void add_lanes_exactly(double *sums, double *low, doubles v) noexcep
     gn_add_doubles(low, (before - (sum - part)) + (v - part))
 
 
+cdef inline void add_step_sums(const stored *_, const Rows *t, Py_ssize_t j, vec sum, vec product) noexcept nogil:
+    if stored is double and vec is doubles:
+        add_lanes_exactly(t.sum + j, t.sum_low + j, sum)
+        add_lanes_exactly(t.product + j, t.product_low + j, product)
+    else:
+        add_lanes(t.sum + j, sum)
+        add_lanes(t.product + j, product)
+
+
 cdef inline void add_down(const stored *x, const stored *v, const Rows *t, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n,
                           vec like) noexcept nogil:
     """Down some rows of a vector's lanes, of which n are there. Even and odd rows are added up side by side."""
-    cdef vec p = some_lanes(t.pivot, j, n, like), d
+    cdef vec p = some_lanes(t.pivot, j, n, like)
     cdef vec sum[2]
     cdef vec product[2]
-    cdef Py_ssize_t r
+    cdef vec d
+    cdef Py_ssize_t r, k
     sum[0] = sum[1] = product[0] = product[1] = all_of(0, like)
-    for r in range(rows):
-        if t.ahead:  # several rows at once are out of the order of memory: ask for what comes in that order
-            gn_prefetch(<const char *> (x + j * rows + r * n) + t.ahead)
-        d = some_of(x + r * t.row + j, n, like) - p
-        add_pair(d if v == NULL else some_of(v + r * t.dyrow + j, n, like), d, &sum[r % 2], &product[r % 2])
-    if vec is floats:
-        add_lanes(t.sum + j, sum[0] + sum[1])
-        add_lanes(t.product + j, product[0] + product[1])
-    else:
-        add_lanes_exactly(t.sum + j, t.sum_low + j, sum[0] + sum[1])
-        add_lanes_exactly(t.product + j, t.product_low + j, product[0] + product[1])
+    for r in range(rows if t.ahead else 0):  # several rows at once are out of the order of memory: ask for them in that order
+        gn_prefetch(<const char *> (x + j * rows + r * n) + t.ahead)
+    x += j
+    v = after(v, j)
+    for r in range(rows // 2):
+        for k in range(2):
+            d = some_of(x, n, like) - p
+            add_pair(d if v == NULL else some_of(v, n, like), d, &sum[k], &product[k])
+            x += t.row
+            v = after(v, t.dyrow)
+    if rows % 2:
+        d = some_of(x, n, like) - p
+        add_pair(d if v == NULL else some_of(v, n, like), d, &sum[0], &product[0])
+    add_step_sums(x, t, j, sum[0] + sum[1], product[0] + product[1])
 
 
 cdef inline void add_step(const stored *x, const stored *v, const Rows *t, Py_ssize_t rows, vec like) noexcept nogil:
