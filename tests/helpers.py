@@ -141,7 +141,7 @@ def exact_group_norm(x, num_groups, weight=None, bias=None, eps=1e-5):
 
 
 def exact_group_norm_in_40_digits(x, num_groups, weight, bias, eps=1e-5):
-    """Exact y as mpf objects, and |weight| * (|xhat| + |mean| * rstd) + |bias|; both (N, C, -1)."""
+    """Exact y as mpf objects, and the scale of its error, |mean| * rstd for the 1/16 if more; (N, C, -1)."""
     with mpmath.workdps(40):
         values = x.reshape(*x.shape[:2], -1)
         y, scale = np.empty(values.shape, object), np.empty(values.shape)
@@ -157,7 +157,7 @@ def exact_group_norm_in_40_digits(x, num_groups, weight, bias, eps=1e-5):
             w = np.array([mpmath.mpf(float(v)) for v in weight[channels]], object)[:, None]
             b = np.array([mpmath.mpf(float(v)) for v in bias[channels]], object)[:, None]
             y[n, channels] = xhat * w + b
-            offset = float(abs(mean) * rstd)
+            offset = max(1 / 16, float(abs(mean) * rstd))
             scale[n, channels] = (abs(xhat).astype(float) + offset) * abs(w).astype(float) + abs(b).astype(
                 float
             )

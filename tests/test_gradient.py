@@ -13,6 +13,7 @@ import math
 import tracemalloc
 
 import ml_dtypes
+import mpmath
 import numpy as np
 import pytest
 from helpers import (
@@ -282,6 +283,24 @@ def exact_solution(shape, num_groups, ratio):
     return exact_gradient(dy, x, num_groups, weight)
 
 
+def exact_dx_in_40_digits(dy, x, num_groups, weight, eps=1e-5):
+    """Of float64: dx and the scale of its bound, (N, C, S), as mpf objects and float64."""
+    with mpmath.workdps(40):
+        exactly = np.frompyfunc(lambda v: mpmath.mpf(float(v)), 1, 1)
+        values = slabs_of(exactly(x), num_groups)
+        weighted = slabs_of(exactly(dy) * exactly(weight)[:, None], num_groups)
+        deviation = values - values.mean(-1, keepdims=True)
+        root = np.frompyfunc(mpmath.sqrt, 1, 1)
+        rstd = 1 / root((deviation * deviation).mean(-1, keepdims=True) + mpmath.mpf(eps))
+        xhat = deviation * rstd
+        a, b = (v.mean(-1, keepdims=True) for v in (weighted, weighted * xhat))
+        dx = rstd * (weighted - a - xhat * b)
+        offset = np.maximum(abs(values.mean(-1, keepdims=True) * rstd), 1 / 16)
+        r = root((weighted * weighted).mean(-1, keepdims=True))
+        scale = rstd * (abs(weighted) + abs(a) + abs(xhat * b) + r * offset)
+        return dx.reshape(x.shape), scale.astype(np.float64).reshape(x.shape)
+
+
 @both_layouts
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize(("shape", "num_groups"), ACCURACY_SHAPES, ids=name_of)
@@ -307,6 +326,29 @@ def test_dx_is_within_4_ulp_at_the_scale_of_its_terms_at_any_mean(ratio, layout)
         ulps = np.abs(dx - exact) / (EPS32 * scale)
         worst[shape] = round(float(ulps.max()), 2), f"{np.count_nonzero(ulps > 4)} of {ulps.size} above 4"
     assert max(ulps for ulps, _ in worst.values()) <= 4, worst
+
+
+@both_layouts
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1e2])
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [((1, 48, 36, 37), 48), ((1, 64, 15, 16), 16), ((8, 1030), 5), ((1, 6, 9, 3), 2)],
+    ids=name_of,
+)
+def test_dx_of_float64_is_within_4_ulp(shape, num_groups, ratio, layout):
+    """With |mean| * rstd for the sixteenth where that is more, as for y: the mean is rounded to float64."""
+    rng = np.random.default_rng(0)
+    n, c, *spatial = shape
+    x = in_layout(normal(rng, shape, np.float64, mean=ratio), layout)
+    dy = in_layout(normal(rng, shape, np.float64), layout)
+    weight = normal(rng, c, np.float64)
+    dx, _, _ = gn_fast.group_norm_backward(dy, x, num_groups, weight)
+    flat = (n, c, math.prod(spatial))
+    exact, scale = exact_dx_in_40_digits(dy.reshape(flat), x.reshape(flat), num_groups, weight)
+    error = abs(np.frompyfunc(lambda v: mpmath.mpf(float(v)), 1, 1)(dx.reshape(flat)) - exact).astype(
+        np.float64
+    )
+    assert np.max(error / (EPS64 * scale)) <= 4
 
 
 @both_layouts

@@ -1,7 +1,7 @@
 """Nothing uninitialised is computed on: of ordinary data nothing is invalid, overflows or divides by zero.
 
-That traps in the calls, and the memory that malloc gives them holds signalling NaNs. A trap kills a process, so
-they are made in others, which say what they are about to do.
+That traps in the calls, and the memory that malloc gives them holds signalling NaNs. A trap kills a
+process, so they are made in others, which say what they are about to do.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
 POISON = np.full(1 << 15, 0x7FF0_7C01_7FA0_7C01, np.uint64)
 SIZES = [1 << 15, 1 << 15, *(int(1.1**k) for k in range(108, 51, -1)), *range(128, 0, -1)]
 
-# Runs of 1 to 40 values and some longer; odd numbers of channels; groups of fewer than 512 values and of more.
+# Runs of 1 to 40 values and some longer; odd numbers of channels; groups below 512 values and above.
 SMALL = [
     ((2, channels, run), num_groups)
     for run in (*range(1, 41), 47, 64, 65, 200, 513)
