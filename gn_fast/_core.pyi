@@ -2,14 +2,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, SupportsIndex, TypeAlias, overload
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, overload
 
 from numpy.typing import ArrayLike, NDArray
 
 from .gradient_sums import GradientSums
 from .moments import Moments
 
-_Activation: TypeAlias = Literal["relu", "silu", "gelu", "gelu_tanh", "mish"] | None
+_Activation: TypeAlias = (
+    Literal[
+        "relu", "leaky_relu", "silu", "swish", "gelu", "gelu_tanh", "mish", "hardswish", "sigmoid", "tanh"
+    ]
+    | tuple[Literal["leaky_relu"], SupportsFloat | SupportsIndex]
+    | None
+)
 _Gradient: TypeAlias = NDArray[Any] | Any  # None where the argument is: the caller knows, and need not ask
 
 

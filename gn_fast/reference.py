@@ -5,9 +5,10 @@ float64 and rounded once, to the dtype of the result; `x.astype(np.float64)` giv
 before that rounding.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -26,6 +27,7 @@ __all__ = [
 
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
+Activation = str | tuple[str, SupportsFloat] | None
 
 
 def group_norm(
@@ -37,7 +39,7 @@ def group_norm(
     *,
     axis: int = 1,
     residual: ArrayLike | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     mask: ArrayLike | None = None,
     moments: Moments | None = None,
     out: Array | None = None,
@@ -66,8 +68,10 @@ def group_norm(
         Where `x` has its channels: any axis but 0.
     residual : array_like, shape of x, optional
         Added before the activation.
-    activation : {None, "relu", "silu", "gelu", "gelu_tanh", "mish"}
-        The last step; "gelu" is the exact one, "gelu_tanh" its approximation by tanh.
+    activation : None, str or tuple ("leaky_relu", slope)
+        The last step: "relu", "leaky_relu", "silu" (or "swish"), "gelu" (the exact one),
+        "gelu_tanh" (its approximation by tanh), "mish", "hardswish", "sigmoid" or "tanh". The
+        slope of "leaky_relu" for negative values is 0.01 by default.
     mask : array_like of bool, optional
         Broadcasts to `x`, with 1 channel. Where it is False, `x` does not count in the
         statistics; it is normalized all the same.
@@ -135,7 +139,7 @@ def group_norm_backward(
     *,
     axis: int = 1,
     residual: ArrayLike | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     mask: ArrayLike | None = None,
     moments: Moments | None = None,
     sums: GradientSums | None = None,
@@ -251,7 +255,7 @@ def group_gradient_sums(
     *,
     axis: int = 1,
     residual: ArrayLike | None = None,
-    activation: str | None = None,
+    activation: Activation = None,
     mask: ArrayLike | None = None,
     moments: Moments | None = None,
     num_threads: int | None = None,
@@ -384,7 +388,7 @@ def _dz_and_xhat(
     bias: ArrayLike | None,
     eps: float,
     residual: Float64 | None,
-    activation: str | None,
+    activation: Activation,
 ) -> tuple[Float64, Float64]:
     """What the gradient is made of: where a position is masked out and passes nothing on, both are 0."""
     act = _activation(activation)
@@ -394,8 +398,9 @@ def _dz_and_xhat(
         z = z + residual
     z = np.where(~keep & (dy == 0), 0.0, z)
     _, slope = act(z)
-    # relu's slope is a switch, as in PyTorch: closed, it stops a NaN of dy too; at a NaN it is open.
-    dz = np.where(z <= 0, 0.0, dy) if activation == "relu" else dy * slope
+    # In PyTorch these slopes are switches: closed, they stop a NaN of dy too.
+    closed = {"relu": z <= 0, "hardswish": z <= -3}.get(str(activation), False)
+    dz = np.where(closed, 0.0, dy * slope)
     return dz, np.where(~keep & (dz == 0), 0.0, xhat)
 
 
@@ -415,7 +420,8 @@ def _checked_sums(sums: GradientSums, values: Float64, moments: Moments | None) 
 
 # ---- the activations: value and derivative -------------------------------------------------------
 # Written with exponentials that can only underflow, and with no difference of nearly equal terms,
-# so that both tails are right. At -inf they have their limit, not inf * 0 = NaN.
+# so that both tails are right. At -inf they have their limit, not inf * 0 = NaN. Where a derivative
+# jumps, and that of relu and leaky_relu at NaN, it is PyTorch's.
 
 
 def _identity(z: Float64) -> tuple[Float64, Float64]:
@@ -423,7 +429,12 @@ def _identity(z: Float64) -> tuple[Float64, Float64]:
 
 
 def _relu(z: Float64) -> tuple[Float64, Float64]:
-    return np.maximum(z, 0.0), np.heaviside(z, 0.0)
+    return np.maximum(z, 0.0), np.where(z <= 0, 0.0, 1.0)
+
+
+def _leaky_relu(z: Float64, slope: SupportsFloat = 0.01) -> tuple[Float64, Float64]:
+    below = float(slope)
+    return np.where(z > 0, z, below * z), np.where(z > 0, 1.0, below)
 
 
 def _silu(z: Float64) -> tuple[Float64, Float64]:
@@ -458,6 +469,20 @@ def _mish(z: Float64) -> tuple[Float64, Float64]:
     return z * t, t + _finite(z) * _sigmoid(z) * one_minus_t * (1.0 + t)
 
 
+def _hardswish(z: Float64) -> tuple[Float64, Float64]:
+    z = np.maximum(z, -3.0)
+    slope = np.where(z >= 3, 1.0, z / 3.0 + 0.5)
+    return z * (np.minimum(z + 3.0, 6.0) / 6.0), np.where(z == -3, 0.0, slope)
+
+
+def _logistic(z: Float64) -> tuple[Float64, Float64]:
+    return _sigmoid(z), _sigmoid(z) * _sigmoid(-z)
+
+
+def _tanh(z: Float64) -> tuple[Float64, Float64]:
+    return np.tanh(z), 4.0 * _sigmoid(2.0 * z) * _sigmoid(-2.0 * z)
+
+
 def _sigmoid(z: Float64) -> Float64:
     e = np.exp(-np.abs(z))
     return np.where(z >= 0, 1.0, e) / (1.0 + e)
@@ -476,17 +501,27 @@ _erfc = np.vectorize(math.erfc, otypes=[np.float64])
 _ACTIVATIONS: dict[str | None, Callable[[Float64], tuple[Float64, Float64]]] = {
     None: _identity,
     "relu": _relu,
+    "leaky_relu": _leaky_relu,
     "silu": _silu,
+    "swish": _silu,
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
     "mish": _mish,
+    "hardswish": _hardswish,
+    "sigmoid": _logistic,
+    "tanh": _tanh,
 }
 
 
-def _activation(name: str | None) -> Callable[[Float64], tuple[Float64, Float64]]:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(_ACTIVATIONS)}, got {name!r}")
-    return _ACTIVATIONS[name]
+def _activation(activation: Activation) -> Callable[[Float64], tuple[Float64, Float64]]:
+    match activation:
+        case tuple(("leaky_relu", slope)):
+            return functools.partial(_leaky_relu, slope=slope)
+        case None | str() if activation in _ACTIVATIONS:
+            return _ACTIVATIONS[activation]
+    raise ValueError(
+        f"activation must be one of {list(_ACTIVATIONS)} or ('leaky_relu', slope), got {activation!r}"
+    )
 
 
 # ---- shapes: everything is worked on as (N, C, *spatial) -----------------------------------------

@@ -10,6 +10,7 @@ from gn_fast.moments import Moments
 
 cimport numpy as cnp
 from cpython.ref cimport PyObject
+from libc.float cimport DBL_MAX, FLT_MAX
 from libc.math cimport NAN
 from libc.stdint cimport int64_t
 
@@ -62,8 +63,10 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
         Which axis has the channels: any but the first. ``-1`` for channels-last.
     residual : array_like, x's shape, optional
         Added after the affine and before the activation.
-    activation : {None, "relu", "silu", "gelu", "gelu_tanh", "mish"}
-        "gelu" is the exact one, by erf. Within 4 ulp of exact in float32.
+    activation : None, str or tuple ("leaky_relu", slope)
+        "relu", "leaky_relu", "silu" (or "swish"), "gelu" (the exact one, by erf), "gelu_tanh", "mish", "hardswish",
+        "sigmoid" or "tanh". The slope of "leaky_relu" for negative values is 0.01, or any finite number, and rounded to
+        the type that is computed in. Within 4 ulp of exact in float32.
     mask : array_like of bool, optional
         Broadcastable to x with one channel. False positions (padding) do not count in the statistics; they are
         normalized like the others.

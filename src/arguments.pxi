@@ -1,7 +1,8 @@
 # What is checked of an argument by itself: its type, dtype, shape and range. Errors name it, say what it was and what it
 # should be.
 
-_ACTIVATIONS = {None: IDENTITY, "relu": RELU, "silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "mish": MISH}
+_ACTIVATIONS = {None: IDENTITY, "relu": RELU, "leaky_relu": LEAKY_RELU, "silu": SILU, "swish": SILU, "gelu": GELU,
+                "gelu_tanh": GELU_TANH, "mish": MISH, "hardswish": HARDSWISH, "sigmoid": SIGMOID, "tanh": TANH}
 _DTYPES = "float16, bfloat16, float32, float64, an integer type or bool"
 
 
@@ -31,10 +32,32 @@ cdef double checked_eps(value) except? -1:
 
 cdef int checked_activation(value) except -1:
     try:
-        return _ACTIVATIONS[value]
+        return LEAKY_RELU if has_slope(value) else _ACTIVATIONS[value]
     except (KeyError, TypeError):
         known = ", ".join(map(repr, _ACTIVATIONS))
-        raise ValueError(f"activation must be one of {known}, not {value!r}") from None
+        raise ValueError(f"activation must be one of {known} or ('leaky_relu', slope), not {value!r}") from None
+
+
+cdef bint has_slope(activation):
+    return (isinstance(activation, tuple) and len(activation) == 2 and isinstance(activation[0], str)
+            and activation[0] == "leaky_relu")
+
+
+cdef double checked_slope(activation, Storage compute) except? -1:
+    """The slope of ("leaky_relu", slope), in the type that is computed in."""
+    cdef double slope, largest = FLT_MAX if compute == FLOAT32 else DBL_MAX
+    try:
+        if isinstance(activation[1], (bool, np.bool_, np.complexfloating)):
+            raise TypeError
+        slope = activation[1]
+    except TypeError:
+        raise TypeError(f"activation must be ('leaky_relu', slope) with a real number as slope, not {activation!r}") from None
+    except OverflowError:
+        slope = NAN
+    if not -largest <= slope <= largest:
+        number = "float32" if compute == FLOAT32 else "float64"
+        raise ValueError(f"activation must be ('leaky_relu', slope) with a slope finite in {number}, not {activation!r}")
+    return <float> slope if compute == FLOAT32 else slope
 
 
 cdef int storage_of(cnp.ndarray a) except -2:

@@ -116,6 +116,7 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
         num_threads = _thread_count(num_threads, "num_threads")
     if activation is not None:
         job.activation = checked_activation(activation)
+        job.leak = checked_slope(activation, compute_type(job)) if has_slope(activation) else 0.01
     if weight is not None:
         w, seen_weight = per_channel(&job.weight, weight, "weight", call, x, out)
     if bias is not None:

@@ -24,7 +24,10 @@ FAMILIES = [family for family in (LEVELS[:1], LEVELS[1:]) if family] if "x86_64_
 LAYOUTS = ["channels-first", "channels-last"]
 RATIOS = [0.0, 1.0, 1e2, 1e4, 1e6]  # |mean| / std
 DTYPES = [np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)]
-ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh", "mish"]
+ACTIVATIONS = [
+    None, "relu", "leaky_relu", "hardswish", "silu", "gelu", "gelu_tanh", "mish", "sigmoid", "tanh",
+]  # fmt: skip
+KINKS = {"relu": [0], "leaky_relu": [0], "hardswish": [-3, 3]}  # where the slope jumps, by at most 1
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
@@ -47,6 +50,20 @@ def in_layout(x, layout):
 
 def normal(rng, shape, dtype=np.float32, mean=0.0):
     return (mean + rng.standard_normal(shape)).astype(dtype)
+
+
+def far_out(activation, z):
+    """What act(z) is for z of the compute type from where it is 0, z or 1 to the last bit, to infinity."""
+    below = {"leaky_relu": z.dtype.type(0.01) * z, "tanh": -1}.get(activation, 0)
+    return np.where(z > 0, 1 if activation in ("sigmoid", "tanh") else z, below).astype(z.dtype)
+
+
+def activation_of_pytorch(activation):
+    f = pytest.importorskip("torch").nn.functional
+    if isinstance(activation, tuple):
+        return lambda z: f.leaky_relu(z, activation[1])
+    special = {None: lambda z: z, "swish": f.silu, "gelu_tanh": lambda z: f.gelu(z, approximate="tanh")}
+    return special.get(activation) or getattr(f, activation)
 
 
 def works_in_a_fork(work):

@@ -124,13 +124,38 @@ BAD = [
     ("residual", RAGGED, (TypeError, ValueError), "inhomogeneous"),
     ("residual", np.ma.masked_array(X, X > 0), TypeError, "masked"),
     # activation
-    ("activation", "swish", ValueError, "'swish'"),
     ("activation", "SiLU", ValueError, "'SiLU'"),
     ("activation", "", ValueError, "''"),
     ("activation", b"silu", ValueError, "b'silu'"),
     ("activation", 0, ValueError, "0"),
     ("activation", [], ValueError, "[]"),
     ("activation", np.tanh, ValueError, "tanh"),
+    ("activation", True, ValueError, "True"),
+    *[
+        ("activation", value, error, repr(value))
+        for value, error in [
+            (("leaky_relu",), ValueError),
+            (("leaky_relu", 0.1, 0.2), ValueError),
+            ((0.1, "leaky_relu"), ValueError),
+            (("silu", 0.1), ValueError),
+            (("LeakyReLU", 0.1), ValueError),
+            (["leaky_relu", 0.1], ValueError),
+            ((), ValueError),
+            ((np.ones(2), 0.1), ValueError),
+            (("leaky_relu", np.nan), ValueError),
+            (("leaky_relu", -np.inf), ValueError),
+            (("leaky_relu", 10**400), ValueError),
+            (("leaky_relu", 1e39), ValueError),  # beyond float32, which is computed in
+            (("leaky_relu", True), TypeError),
+            (("leaky_relu", np.False_), TypeError),
+            (("leaky_relu", None), TypeError),
+            (("leaky_relu", "0.1"), TypeError),
+            (("leaky_relu", 0.1j), TypeError),
+            (("leaky_relu", np.complex64(1)), TypeError),
+            (("leaky_relu", [0.1]), TypeError),
+            (("leaky_relu", np.ones(2)), TypeError),
+        ]
+    ],
     # mask
     ("mask", np.ones((N, 1, H, W), int), TypeError, "int64"),
     ("mask", np.ones((N, 1, H, W), np.uint8), TypeError, "uint8"),
@@ -253,8 +278,12 @@ def test_an_integer_input_wants_a_float64_out():
 
 
 def test_the_message_lists_the_activations():
-    with pytest.raises(ValueError, match=r"relu.*silu.*gelu.*gelu_tanh.*mish"):
-        gn_fast.group_norm(X, 2, activation="swish")
+    names = r"None, 'relu'.*'silu', 'swish', 'gelu', 'gelu_tanh', 'mish'.*'tanh' or \('leaky_relu', slope\)"
+    with pytest.raises(ValueError, match=names):
+        gn_fast.group_norm(X, 2, activation="x")
+    with pytest.raises(ValueError, match="slope finite in float32"):
+        gn_fast.group_norm(X, 2, activation=("leaky_relu", 1e39))
+    gn_fast.group_norm(X.astype(np.float64), 2, activation=("leaky_relu", 1e39))
 
 
 def test_the_message_says_what_should_have_been():

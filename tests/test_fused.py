@@ -1,11 +1,16 @@
 """Everything in one call, against the reference: every option, dtype, layout, stride and aliasing.
 
 The tolerance is that of test_accuracy.py for the argument z of the activation, with |residual| in the scale,
-times the activation's slope, which is at most 1.13; on top come 4 ulp of the activation itself.
+times the activation's largest slope; on top come 4 ulp of the activation itself.
 """
+
+import functools
+import itertools
+from fractions import Fraction
 
 import hypothesis.extra.numpy as hnp
 import ml_dtypes
+import mpmath
 import numpy as np
 import pytest
 from helpers import (
@@ -14,8 +19,11 @@ from helpers import (
     EPS32,
     EPS64,
     LAYOUTS,
+    LEVELS,
+    activation_of_pytorch,
     assert_same_bits,
     assert_same_moments,
+    far_out,
     in_layout,
     name_of,
     normal,
@@ -23,18 +31,19 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_reference import exact_activation
 
 import gn_fast
 from gn_fast import Moments, reference
 
-STEEPEST = 1.13  # of all the activations: that of gelu at sqrt(2)
 both_layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def steps_of_exp(z, activation):
     """How many ulp float64's own exp, erfc and tanh may be off on the left, where they are e^u: about u."""
     t = np.clip(-z, 0, 40)
-    return 1 + {"gelu": t**2 / 2, "gelu_tanh": 1.6 * t + 0.0714 * t**3, None: 0, "relu": 0}.get(activation, t)
+    without = dict.fromkeys((None, "relu", "leaky_relu", "hardswish"), 0)
+    return 1 + {"gelu": t**2 / 2, "gelu_tanh": 1.6 * t + 0.0714 * t**3, **without}.get(activation, t)
 
 
 def expected_and_tolerance(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None,
@@ -57,15 +66,16 @@ def expected_and_tolerance(x, num_groups, weight=None, bias=None, eps=1e-5, *, a
         r = 0.0 if residual is None else np.abs(np.asarray(residual, np.float64))
         offset = w * spread(np.abs(m.mean) * m.rstd(eps))
         # The reference sums in float64: its error near the mean is measured at one standard deviation.
+        steepest = 1.5 if activation == "hardswish" else 1.13  # at 3; of the others that of gelu at sqrt(2)
         own = 4 * EPS64 * (w * (np.abs(xhat) + 1) + offset + b + r)
         if x.dtype.itemsize == 8 or (x.dtype.kind != "f" and x.dtype != DTYPES[1]):
             error = 2 * own
-            error = STEEPEST * error + 8 * EPS64 * steps_of_exp(z, activation) * np.abs(y) + 5e-324
+            error = steepest * error + 8 * EPS64 * steps_of_exp(z, activation) * np.abs(y) + 5e-324
         else:
             error = 2 * EPS32 * (w * (np.abs(xhat) + 1 / 16) + b + r) + own
             if activation is not None:
                 # Subnormal results are off by spacings.
-                error = STEEPEST * error + 4 * EPS32 * np.abs(y) + 4 * 1.4e-45
+                error = steepest * error + 4 * EPS32 * np.abs(y) + 4 * 1.4e-45
             if x.dtype.itemsize == 2:
                 error = error + 0.5 * spacing(np.where(np.isfinite(y), np.abs(y) + error, 1), x.dtype)
     return y, error
@@ -215,37 +225,203 @@ def test_every_combination_is_that_of_the_reference(arguments, drawn):
 # ---- activations -----------------------------------------------------------------------------------------
 
 
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+every_level = pytest.mark.parametrize("level", LEVELS)
+STANDARD = {"num_groups": 1, "eps": 0.0, "moments": Moments([[1]], [[0.0]], [[1.0]])}  # z is x
+
+
 def activated(z, activation):
-    given = Moments([[1]], [[0.0]], [[1.0]])
-    return gn_fast.group_norm(z.reshape(1, 1, -1), 1, eps=0, moments=given, activation=activation).ravel()
+    return gn_fast.group_norm(z.reshape(1, 1, -1), activation=activation, **STANDARD).ravel()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
-def test_activations_are_within_4_ulp_over_the_whole_range(activation):
-    """Every 4001st float32 there is; subnormal results within 4 of their spacings."""
+def dy_before(z, activation, dy):
+    """dy * act'(z)."""
+    x = z.reshape(1, 1, -1)
+    dy = np.full_like(x, dy)
+    arguments = {"residual": np.zeros_like(x), "activation": activation, **STANDARD}
+    return gn_fast.group_norm_backward(dy, x, **arguments)[-1].ravel()
+
+
+@functools.cache
+def every_4001st():
+    """float32 there is, and those that matter most."""
     z = np.arange(0, 2**32, 4001, dtype=np.uint64).astype(np.uint32).view(np.float32)
-    z = np.concatenate([z[np.isfinite(z)], np.linspace(-110, 110, 200_001, dtype=np.float32)])
-    expected, _ = reference._ACTIVATIONS[activation](z.astype(np.float64))
-    tolerance = 4 * spacing(expected, np.float32)
-    worst = np.max(np.abs(activated(z, activation).astype(np.float64) - expected) / tolerance)
+    return np.concatenate([z[np.isfinite(z)], np.linspace(-110, 110, 200_001, dtype=np.float32)])
+
+
+@functools.cache
+def values_and_slopes(activation):
+    with np.errstate(all="ignore"):
+        return reference._ACTIVATIONS[activation](every_4001st().astype(np.float64))
+
+
+@every_activation
+@every_level
+def test_activations_are_within_4_ulp_over_the_whole_range(level, activation):
+    """Subnormal results within 4 of their spacings."""
+    with gn_fast.use_isa(level):
+        y = activated(every_4001st(), activation).astype(np.float64)
+    expected, _ = values_and_slopes(activation)
+    worst = np.max(np.abs(y - expected) / (4 * spacing(expected, np.float32)))
     assert worst <= 1, f"{4 * worst:.3g} ulp"
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_activations_at_the_ends(activation, dtype):
-    z = np.array([-np.inf, np.inf, np.nan, 0.0, 1e4, -1e4, 6e4, -6e4]).astype(dtype)
-    y = activated(z, activation).astype(np.float64)
-    wide = z.astype(np.float64)
-    np.testing.assert_array_equal(y, [0, np.inf, np.nan, 0, wide[4], 0, wide[6], 0])
+@every_activation
+@every_level
+def test_slopes_are_within_4_ulp_over_the_whole_range(level, activation):
+    """At the scale of the slope, or of 1/8 if that is larger."""
+    with gn_fast.use_isa(level):
+        slope = dy_before(every_4001st(), activation, 1).astype(np.float64)
+    _, expected = values_and_slopes(activation)
+    worst = np.max(np.abs(slope - expected) / (4 * EPS32 * np.maximum(np.abs(expected), 1 / 8)))
+    assert worst <= 1, f"{4 * worst:.3g} ulp"
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
-def test_activations_do_not_overflow(activation):
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
+@every_level
+def test_slopes_of_what_levels_off_keep_their_digits_in_both_tails(level, activation):
+    with gn_fast.use_isa(level):
+        slope = dy_before(every_4001st(), activation, 1).astype(np.float64)
+    _, expected = values_and_slopes(activation)
+    worst = np.max(np.abs(slope - expected) / (8 * spacing(expected, np.float32)))
+    assert worst <= 1, f"{8 * worst:.3g} ulp"
+
+
+@every_activation
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+def test_activations_of_all_values_of_16_bits_are_rounded_once(dtype, level, activation):
+    """After the 4 ulp of float32."""
+    z = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):  # some NaNs are signalling
+        z = z[np.isfinite(z.astype(np.float64))]
+    with gn_fast.use_isa(level):
+        y = activated(z, activation).astype(np.float64)
+    expected, _ = reference._ACTIVATIONS[activation](z.astype(np.float64))
+    error = 4 * spacing(expected, np.float32)
+    worst = np.max(np.abs(y - expected) / (error + 0.5 * spacing(np.abs(expected) + error, dtype)))
+    assert worst <= 1, worst
+
+
+@every_activation
+@every_level
+def test_activations_of_float64_are_within_4_ulp(level, activation):
+    """Against 60 digits, and 400 where 1 + tanh takes away so many."""
+    z = np.concatenate([10.0 ** np.arange(-300, 0, 7), 10 ** np.linspace(-5, 2, 150)])
+    z = np.concatenate([z, -z, np.linspace(-40, 40, 399)])
+    with gn_fast.use_isa(level):
+        y = activated(z, activation)
+    with mpmath.workdps(400 if activation == "gelu_tanh" else 60):
+        exact = [exact_activation(activation, mpmath.mpf(v)) for v in z]
+        error = np.array([float(abs(mpmath.mpf(a) - b)) for a, b in zip(y, exact, strict=True)])
+    worst = np.max(error / (4 * spacing(np.array(exact, float), np.float64)))
+    assert worst <= 1, f"{4 * worst:.3g} ulp"
+
+
+@every_activation
+@every_dtype
+@every_level
+def test_activations_at_the_ends(level, dtype, activation):
+    z = np.array([-np.inf, np.inf, 1e4, -1e4, 6e4, -6e4]).astype(dtype)
+    compute = np.result_type(dtype, np.float32) if dtype.kind == "f" else np.float32
+    with gn_fast.use_isa(level):
+        y = activated(z, activation)
+        nan, zero = activated(np.array([np.nan, 0.0]).astype(dtype), activation)
+    np.testing.assert_array_equal(y, far_out(activation, z.astype(compute)).astype(dtype))
+    assert np.isnan(nan)
+    assert zero == (0.5 if activation == "sigmoid" else 0)
+
+
+@every_activation
+@every_level
+def test_activations_do_not_overflow(level, activation):
     for dtype, large in ((np.float32, 3e38), (np.float64, 1.7e308)):
-        np.testing.assert_array_equal(
-            activated(np.array([large, -large], dtype), activation), np.array([large, 0], dtype)
-        )
+        z = np.array([large, -large], dtype)
+        with gn_fast.use_isa(level):
+            np.testing.assert_array_equal(activated(z, activation), far_out(activation, z))
+            slopes = dy_before(z, activation, 3)
+        levels_off = activation in ("sigmoid", "tanh")
+        below = 3 * dtype(0.01) if activation == "leaky_relu" else 0
+        np.testing.assert_allclose(slopes, [0 if levels_off else 3, below], rtol=4 * np.finfo(dtype).eps)
+
+
+SLOPES = [0.3, -2, -1.0, 0, 1, 7.5, 1e20, 1e-30, -0.0, np.float16(0.1), np.array(0.2), Fraction(1, 3)]
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS[1:], *(("leaky_relu", s) for s in SLOPES)], ids=name_of)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
+@every_level
+def test_at_kinks_and_beyond_all_numbers_they_are_pytorchs(level, dtype, activation):
+    """But for the limits at -inf and inf, where PyTorch's are mostly NaN."""
+    torch = pytest.importorskip("torch")
+    points = [-0.0, 0.0, np.nan]
+    if activation in ("relu", "hardswish", "sigmoid", "tanh") or isinstance(activation, tuple):
+        points += [-3, 3, -4, 4, np.inf]
+        for kink in (-3, 0, 3):
+            points += [np.nextafter(dtype(kink), dtype(side)) for side in (-9, 9)]
+    if activation not in ("silu", "gelu", "gelu_tanh", "mish", "hardswish"):
+        points.append(-np.inf)
+    exact = activation == "relu" or isinstance(activation, tuple)
+    theirs = (activation[0], float(activation[1])) if isinstance(activation, tuple) else activation
+    for point, dy in itertools.product(points, [1.5, np.nan, np.inf]):
+        # Whole vectors: what PyTorch does to the values behind them differs at NaN.
+        leaf = torch.tensor(np.full(64, point, dtype), requires_grad=True)
+        expected = activation_of_pytorch(theirs)(leaf)
+        expected.backward(torch.full_like(leaf, dy))
+        z = np.full(64, point, dtype)
+        with gn_fast.use_isa(level):
+            y, slopes = activated(z, activation), dy_before(z, activation, dy)
+        close = {"rtol": 0, "atol": 0 if exact else 4 * np.finfo(dtype).eps, "err_msg": f"{point} {dy}"}
+        np.testing.assert_allclose(y, expected.detach().numpy(), **close)
+        np.testing.assert_allclose(slopes, leaf.grad.numpy(), **close)
+
+
+# ---- slopes of leaky_relu, and swish ---------------------------------------------------------------------
+
+
+@both_layouts
+@every_dtype
+@pytest.mark.parametrize("slope", SLOPES, ids=name_of)
+def test_leaky_relu_is_a_product_below_0_of_any_slope(slope, dtype, layout):
+    """To the last bit, in the compute type; the gradient is that of dy' without an activation."""
+    rng = np.random.default_rng(0)
+    compute = np.float64 if dtype == np.float64 else np.float32
+    below = compute(float(slope))
+    for shape in ((2, 6, 31, 37), (2, 6, 5), (3, 6), (1, 2, 300, 230)):
+        x, residual, dy = (in_layout(normal(rng, shape, dtype), layout).astype(compute) for _ in range(3))
+        weight, bias = normal(rng, (2, shape[1]), compute)  # of float64, short channels would be in float64
+        arguments = {"num_groups": 2, "weight": weight, "bias": bias, "residual": residual}
+        z = gn_fast.group_norm(x, **arguments)
+        with np.errstate(all="ignore"):
+            expected, expected_dy = np.where(z > 0, z, below * z), np.where(z > 0, dy, below * dy)
+        leaky = {**arguments, "activation": ("leaky_relu", slope)}
+        assert_same_bits(gn_fast.group_norm(x, **leaky), expected, f"{shape}")
+        for storage in (dtype, compute):
+            y = gn_fast.group_norm(x.astype(storage), **leaky)
+            assert y.dtype == storage
+        dresidual = gn_fast.group_norm_backward(dy, x, **leaky)[3]
+        assert_same_bits(dresidual, expected_dy, f"{shape}")
+        s = gn_fast.group_gradient_sums(dy, x, **leaky)
+        t = gn_fast.group_gradient_sums(expected_dy, x, **arguments)
+        results = gn_fast.group_norm_backward(dy, x, **leaky), s.dweight, s.dbias
+        expected = gn_fast.group_norm_backward(expected_dy, x, **arguments), t.dweight, t.dbias
+        for a, b in zip((*results[0], *results[1:]), (*expected[0], *expected[1:]), strict=True):
+            assert_same_bits(a, b, f"{shape}")
+
+
+@every_dtype
+def test_swish_is_silu_and_leaky_relu_has_a_slope_of_a_hundredth(dtype):
+    x, dy = normal(np.random.default_rng(0), (2, 2, 6, 50), dtype)
+    for same in (("swish", "silu"), ("leaky_relu", ("leaky_relu", 0.01))):
+        results = []
+        for activation in same:
+            arguments = {"num_groups": 2, "weight": np.ones(6), "bias": np.ones(6), "activation": activation}
+            y = gn_fast.group_norm(x, **arguments)
+            s = gn_fast.group_gradient_sums(dy, x, **arguments)
+            results.append((y, s.dweight, s.dbias, *gn_fast.group_norm_backward(dy, x, **arguments)))
+        for a, b in zip(*results, strict=True):
+            assert_same_bits(a, b, f"{same}")
 
 
 # ---- mask ------------------------------------------------------------------------------------------------

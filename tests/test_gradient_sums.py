@@ -18,6 +18,7 @@ from helpers import (
     FAMILIES,
     LAYOUTS,
     RATIOS,
+    activation_of_pytorch,
     assert_same_bits,
     in_layout,
     name_of,
@@ -268,15 +269,7 @@ def test_sums_are_within_1e_6_of_the_largest_at_any_mean(shape, num_groups, rati
 def test_with_zeros_the_moments_are_constants_as_in_pytorch(layout, activation):
     """Statistics detached; the true dweight and dbias are the sums over the samples."""
     torch = pytest.importorskip("torch")
-    f = torch.nn.functional
-    act = {
-        None: lambda z: z,
-        "relu": f.relu,
-        "silu": f.silu,
-        "gelu": f.gelu,
-        "gelu_tanh": lambda z: f.gelu(z, approximate="tanh"),
-        "mish": f.mish,
-    }[activation]
+    act = activation_of_pytorch(activation)
     rng = np.random.default_rng(0)
     for shape in ((2, 6, 7, 5), (2, 6, 3), (3, 6)):
         x, dy, residual = (in_layout(rng.standard_normal(shape), layout) for _ in range(3))

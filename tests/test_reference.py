@@ -13,12 +13,15 @@ from pathlib import Path
 import mpmath
 import numpy as np
 import pytest
+from helpers import activation_of_pytorch
 from mpmath import mpf
 
 from gn_fast import reference
 from gn_fast.moments import Moments
 
-ACTIVATIONS = [None, "relu", "silu", "gelu", "gelu_tanh", "mish"]
+ACTIVATIONS = [
+    None, "relu", "leaky_relu", "hardswish", "silu", "gelu", "gelu_tanh", "mish", "sigmoid", "tanh",
+]  # fmt: skip
 ULP = np.finfo(np.float64).eps
 
 mpmath.mp.dps = 60
@@ -32,12 +35,20 @@ def exact_activation(name, z):
         return z
     if name == "relu":
         return max(z, mpf(0))
+    if name == "leaky_relu":
+        return z if z > 0 else mpf(0.01) * z
+    if name == "hardswish":
+        return z * min(max(z + 3, mpf(0)), mpf(6)) / 6
+    if name == "sigmoid":
+        return 1 / (1 + mpmath.exp(-z))
+    if name == "tanh":
+        return mpmath.tanh(z)
     if name == "silu":
         return z / (1 + mpmath.exp(-z))
     if name == "gelu":
         return z * mpmath.erfc(-z / mpmath.sqrt(2)) / 2
     if name == "gelu_tanh":
-        return z / 2 * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (z + mpf(0.044715) * z**3)))
+        return z / 2 * (1 + mpmath.tanh(mpmath.sqrt(2 / mpmath.pi) * (z + mpf("0.044715") * z**3)))
     return z * mpmath.tanh(mpmath.log1p(mpmath.exp(z)))
 
 
@@ -167,7 +178,7 @@ def test_activations_and_their_slopes_are_right_over_the_whole_range(name):
     with mpmath.workdps(400):  # 1 + tanh(u) loses as many digits as float64 has decades
         exact = np.array([exact_activation(name, mpf(v)) for v in z])
         exact_slope = np.array([mpmath.diff(lambda t: exact_activation(name, t), v) for v in z])
-        share = np.array([float(a / mpf(v)) for a, v in zip(exact, z, strict=True)])
+        share = np.array([abs(float(a / mpf(v))) for a, v in zip(exact, z, strict=True)])
     # On the left all are z * e^u at heart, and e^u has the relative error of u times u; u is z,
     # z^2 / 2 (gelu) or a cubic (gelu_tanh). The slope adds a term that is up to u times as large.
     t = np.clip(-z, 0, 40)
@@ -177,15 +188,50 @@ def test_activations_and_their_slopes_are_right_over_the_whole_range(name):
     assert np.all(deviation(slope, exact_slope) <= 4 * ULP * u * (u * share + tiny))
 
 
-def test_the_slope_of_relu_at_its_kink_is_0():
-    np.testing.assert_array_equal(reference._relu(np.array([-0.0, 0.0]))[1], [0, 0])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh"])
+def test_the_slopes_of_what_levels_off_keep_their_digits_on_both_sides(name):
+    z = np.concatenate([np.linspace(-300, 300, 601), [-1e-8, 1e-300]])
+    _, slope = reference._ACTIVATIONS[name](z)
+    with mpmath.workdps(400):
+        exact = [mpmath.diff(lambda t: exact_activation(name, t), mpf(v)) for v in z]
+    assert np.all(deviation(slope, np.array(exact)) <= 8 * ULP * slope)
+
+
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", ("leaky_relu", -2), ("leaky_relu", 0.0), "hardswish"])
+def test_at_a_kink_and_at_nan_they_are_those_of_pytorch(name):
+    torch = pytest.importorskip("torch")
+    for point in (-3.0, -0.0, 0.0, 3.0, np.nan, *np.nextafter([-3, 0, 3], -9), *np.nextafter([-3, 0, 3], 9)):
+        z = np.full((1, 64), point)  # a whole vector: hardswish's scalars have another slope at NaN
+        for d in (1.5, np.nan):
+            leaf = torch.tensor(z, requires_grad=True)
+            y = activation_of_pytorch(name)(leaf)
+            y.backward(torch.full(z.shape, d))
+            moments = Moments([[1]], [[0.0]], [[1.0]])
+            arguments = {"num_groups": 1, "eps": 0.0, "moments": moments, "activation": name, "residual": z}
+            ours = reference.group_norm(np.zeros((1, 64)), **arguments)
+            np.testing.assert_allclose(ours, y.detach().numpy(), rtol=2 * ULP, atol=5e-324)
+            slopes = reference.group_norm_backward(np.full(z.shape, d), np.zeros((1, 64)), **arguments)[-1]
+            np.testing.assert_array_equal(slopes, leaf.grad.numpy())
+
+
+LIMITS = {  # of value and slope, at -inf, inf and NaN
+    "relu": ([0, np.inf, np.nan], [0, 1, 1]),
+    "leaky_relu": ([-np.inf, np.inf, np.nan], [0.01, 1, 0.01]),
+    "sigmoid": ([0, 1, np.nan], [0, 0, np.nan]),
+    "tanh": ([-1, 1, np.nan], [0, 0, np.nan]),
+}
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS[1:])
 def test_activations_have_their_limits_at_infinity(name):
+    values, slopes = LIMITS.get(name, ([0, np.inf, np.nan], [0, 1, np.nan]))
     value, slope = reference._ACTIVATIONS[name](np.array([-np.inf, np.inf, np.nan]))
-    np.testing.assert_array_equal(value, [0, np.inf, np.nan])
-    np.testing.assert_array_equal(slope, [0, 1, np.nan])
+    np.testing.assert_array_equal(value, values)
+    np.testing.assert_array_equal(slope, slopes)
+
+
+def test_swish_is_silu():
+    assert reference._ACTIVATIONS["swish"] is reference._ACTIVATIONS["silu"]
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -390,7 +436,9 @@ X = np.zeros((2, 6, 3))
         ("mask", {"mask": np.ones((1, 2, 1, 3), dtype=bool)}),
         ("mask", {"mask": np.ones(3)}),
         ("moments", {"moments": Moments([[1]], [[0.0]], [[0.0]])}),
-        ("activation", {"activation": "swish"}),
+        ("activation", {"activation": "SiLU"}),
+        ("activation", {"activation": ("relu", 0.1)}),
+        ("activation", {"activation": ["leaky_relu", 0.1]}),
         ("axis", {"axis": 0}),
         ("axis", {"axis": -3}),
         ("axis", {"axis": 3}),
@@ -505,19 +553,11 @@ def test_gradients_have_the_dtype_of_their_argument():
     assert [g.shape for g in results] == [x.shape, (4,), (2, 4), x.shape]
 
 
-@pytest.mark.parametrize("name", [None, "relu", "silu", "gelu", "gelu_tanh", "mish"])
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "swish", ("leaky_relu", -0.7)])
 @pytest.mark.parametrize("shape", [(2, 6), (2, 6, 5), (3, 6, 4, 5), (1, 6, 2, 3, 4)])
 def test_agrees_with_the_automatic_gradient_of_pytorch(name, shape):
     torch = pytest.importorskip("torch")
-    f = torch.nn.functional
-    activation = {
-        None: lambda z: z,
-        "relu": f.relu,
-        "silu": f.silu,
-        "gelu": f.gelu,
-        "gelu_tanh": lambda z: f.gelu(z, approximate="tanh"),
-        "mish": f.mish,
-    }[name]
+    f, activation = torch.nn.functional, activation_of_pytorch(name)
     rng = np.random.default_rng(9)
     arrays = [rng.standard_normal(s) for s in (shape, 6, 6, shape, shape)]
     x, weight, bias, residual, dy = arrays

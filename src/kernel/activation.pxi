@@ -221,13 +221,14 @@ cdef inline vec tanh_slope(vec z) noexcept nogil:
 
 
 cdef inline vec hardswish(vec z) noexcept nogil:
-    return z * (least(all_of(6, z), relu(z + all_of(3, z))) / all_of(6, z))
+    """z min(max(z + 3, 0), 6) / 6, 0 at -inf."""
+    cdef vec c = most(all_of(-3, z), z)  # NaN stays
+    return c * times(1.0 / 6, least(all_of(6, z), c + all_of(3, z)))
 
 
 cdef inline vec hardswish_slope(vec z) noexcept nogil:
-    cdef vec slope = z / all_of(3, z) + all_of(0.5, z)
-    slope = where_at_most(z, all_of(-3, z), all_of(0, z), slope)
-    return where_at_most(all_of(3, z), z, all_of(1, z), slope)
+    """That above -3."""
+    return where_at_most(all_of(3, z), z, all_of(1, z), step(most(all_of(-3, z), z), all_of(1.0 / 3, z), 0.5))
 
 
 cdef inline vec activated(int kind, vec z, vec leak) noexcept nogil:
@@ -269,7 +270,7 @@ cdef inline vec dy_before(int kind, vec z, vec dy, vec leak) noexcept nogil:
     elif kind == MISH:
         return dy * mish_slope(z)
     elif kind == HARDSWISH:
-        return dy * hardswish_slope(z)
+        return where_at_most(z, all_of(-3, z), zero, dy * hardswish_slope(z))
     elif kind == SIGMOID:
         return dy * sigmoid_slope(z)
     elif kind == TANH:
