@@ -247,7 +247,7 @@ def table_of_activations():
     """
     every = np.arange(0, 2**32, 499, dtype=np.uint64).astype(np.uint32).view(np.float32)
     z = np.concatenate([every[np.isfinite(every)], np.linspace(-110, 110, 1_000_001, dtype=np.float32)])
-    z = z[np.abs(z) <= 110]  # beyond, act(z) is 0 or z
+    z = z[np.abs(z) <= 110]  # beyond, each is 0, z, its slope times z, or 1
     x = z.reshape(1, 1, -1)
     given = {"eps": 0.0, "moments": Moments([[z.size]], [[0.0]], [[float(z.size)]])}
     worst = Worst()
