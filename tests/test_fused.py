@@ -346,10 +346,12 @@ def test_activations_do_not_overflow(level, activation):
         np.testing.assert_allclose(slopes, [0 if levels_off else 3, below], rtol=4 * np.finfo(dtype).eps)
 
 
-SLOPES = [0.3, -2, -1.0, 0, 1, 7.5, 1e20, 1e-30, -0.0, np.float16(0.1), np.array(0.2), Fraction(1, 3)]
+SLOPES = [0.3, -2, -1.0, 0, 1, 7.5, 1e10, 1e-30, -0.0, np.float16(0.1), np.array(0.2), Fraction(1, 3)]
 
 
-@pytest.mark.parametrize("activation", [*ACTIVATIONS[1:], *(("leaky_relu", s) for s in SLOPES)], ids=name_of)
+@pytest.mark.parametrize(
+    "activation", [*ACTIVATIONS[1:], *(("leaky_relu", s) for s in [*SLOPES, 1e30])], ids=name_of
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=lambda d: d.__name__)
 @every_level
 def test_at_kinks_and_beyond_all_numbers_they_are_pytorchs(level, dtype, activation):
@@ -408,6 +410,23 @@ def test_leaky_relu_is_a_product_below_0_of_any_slope(slope, dtype, layout):
         expected = gn_fast.group_norm_backward(expected_dy, x, **arguments), t.dweight, t.dbias
         for a, b in zip((*results[0], *results[1:]), (*expected[0], *expected[1:]), strict=True):
             assert_same_bits(a, b, f"{shape}")
+
+
+@both_layouts
+@pytest.mark.parametrize("slope", [1e20, -1e30, 3e38], ids=name_of)
+def test_slopes_of_leaky_relu_that_take_sums_out_of_float32(slope, layout):
+    """These are in float64, with a z of float64: not to the last bit, but to the bounds."""
+    rng = np.random.default_rng(0)
+    for shape in ((2, 6, 31, 37), (2, 6, 5), (3, 6)):
+        x, dy, residual = (in_layout(normal(rng, shape), layout) for _ in range(3))
+        dy /= 1000
+        arguments = {"num_groups": 2, "weight": normal(rng, 6), "bias": normal(rng, 6), "residual": residual}
+        z = gn_fast.group_norm(x, **arguments)
+        expected_dy = np.where(z > 0, dy, np.float32(slope) * dy).astype(np.float64)
+        expected = reference.group_norm_backward(expected_dy, x.astype(np.float64), **arguments)
+        results = gn_fast.group_norm_backward(dy, x, **arguments, activation=("leaky_relu", slope))
+        for result, exact in zip(results, expected, strict=True):
+            np.testing.assert_allclose(result, exact, rtol=0, atol=4 * EPS32 * np.abs(exact).max())
 
 
 @every_dtype
