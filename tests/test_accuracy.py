@@ -253,6 +253,19 @@ def test_float64_is_within_4_ulp(ratio, layout):
         assert worst <= 1, f"{shape} / {groups}: {worst:.3g} times the bound"
 
 
+@both_layouts
+def test_a_mean_near_0_of_few_values_of_float64(layout):
+    """A pivot that lies well must not cost the values their last bits."""
+    for seed in range(50):
+        x = np.random.default_rng(seed).integers(-300, 300, (1, 20, 17)).astype(np.float64)
+        y = gn_fast.group_norm(in_layout(x, layout), 20, eps=0.0)
+        exact, scale = exact_group_norm_in_40_digits(x, 20, np.ones(20), np.zeros(20), eps=0.0)
+        scale = np.maximum(scale, abs(exact).astype(float) + 1 / 16)
+        error = abs(np.array([mpmath.mpf(float(v)) for v in y.ravel()], object).reshape(y.shape) - exact)
+        worst = np.max(error.astype(float) / (4 * EPS64 * scale))
+        assert worst <= 1, f"{worst:.3g} times the bound"
+
+
 # ---- one value, constants, poison ------------------------------------------------------------------------
 
 
@@ -372,6 +385,14 @@ def test_given_moments_that_counted_nothing_have_no_variance():
     m = gn_fast.Moments(count=[[0]], mean=[[1.0]], m2=[[5.0]])
     y = gn_fast.group_norm(np.array([[1.0, 2.0]]), 1, moments=m, eps=0.25)
     np.testing.assert_array_equal(y, [[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("positions", [1, 3, 20])
+def test_without_variance_and_eps_zero_values_are_infinite(dtype, positions):
+    x = np.ones((1, 4, positions), dtype)
+    y = gn_fast.group_norm(x, 2, np.ones(4), eps=0, mask=np.zeros((1, 1, 1), bool))
+    np.testing.assert_array_equal(y.astype(np.float64), np.inf)
 
 
 @both_layouts

@@ -388,8 +388,8 @@ def test_long_channels_of_every_dtype_and_activation(activation, dtype, layout):
 
 
 @both_layouts
-@pytest.mark.parametrize("of_x", [1e-30, 1e-15, 1e15, 1e30])
-@pytest.mark.parametrize("of_dy", [1e-15, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("of_x", [1e-30, 1e-15, 1e10, 1e15, 1e30])
+@pytest.mark.parametrize("of_dy", [1e-22, 1e-15, 1.0, 1e15, 1e30])
 def test_values_of_any_magnitude(of_x, of_dy, layout):
     rng = np.random.default_rng(0)
     x = in_layout((of_x * rng.uniform(-1, 1, (2, 8, 41, 9))).astype(np.float32), layout)
@@ -1036,6 +1036,9 @@ def test_parameters_of_each_sample_cost_a_row_of_each_sum(three_processors, layo
         (1e35, 1e5, 1e4, 1e-5),
         (3e38, 1e3, 1, 1e-5),
         (1e30, 1e38, 1e-3, 0),
+        (1e-24, 1e10, 1, 1e-5),
+        (1e-20, 1e-9, 1e30, 1e-20),
+        (2.0**60, 2.0**37, 2.0**-98, 1e-5),
     ],
 )
 def test_no_factor_of_dx_leaves_the_range_of_float32_before_dx_does(dy, scale, weight, eps):

@@ -60,7 +60,7 @@ cdef inline bint in_runs(const Job *job, const View *v, const stored *_) noexcep
 cdef inline bint run_moments(const stored *x, Py_ssize_t n, double *found, Py_ssize_t groups, vec like) noexcept nogil:
     """Of values in a row; returns whether float32 carried them."""
     cdef double sums[2 * LANES]
-    cdef double sum, square, near, rest, pivot = pivot_of(x, n, like)
+    cdef double sum, square, near = 0, rest, pivot = pivot_of(x, n, like)
     cdef Py_ssize_t k
     if vec is doubles and n < SMALL:
         add_few(x, n, pivot, sums)
@@ -69,14 +69,14 @@ cdef inline bint run_moments(const stored *x, Py_ssize_t n, double *found, Py_ss
         add_values(x, <const stored *> NULL, n, all_of(pivot, like), pivot, sums)
     gn_total(sums, &sum, &square)
     if stored is double:  # bring the sums of the lanes near 0, exactly, and add them up again
-        near = settled(sum / n, abs(sum / n), like)
+        near = settled(sum / n, sqrt(square / n), like)
         for k in range(LANES):
             sums[k] -= near * (n // LANES + (k < n % LANES))
         gn_total(sums, &rest, &square)
         square -= near * (sum + rest)
         sum = rest
-        pivot += near
     put_moments(n, sum, square, pivot, found, groups)
+    put_mean(pivot, near + sum / n, found, groups)
     return vec is doubles or carried(square)
 
 
@@ -206,7 +206,7 @@ cdef inline bint group_parameters(const Task *task, const Part *p, double rstd, 
     if slopes != NULL:
         runs.slope = rstd * rstd * slopes[2 * p.g + 1]
         runs.constant = rstd * slopes[2 * p.g] - runs.slope * rest
-        ok &= sums_carried(rstd, mean) and abs(runs.slope) < 2.0 ** 100 and task.known[COUNT * job.unit_groups + p.g] > 0
+        ok &= sums_carried(rstd, mean) and comfortable(runs.slope) and task.known[COUNT * job.unit_groups + p.g] > 0
     return vec is doubles or (ok and comfortable(mean))
 
 

@@ -91,7 +91,7 @@ cdef bint lane_parameters(const Task *task, const Span *whole, const double *slo
             put(t.shift, i, shift[i], like)
         if slopes != NULL:
             slope = rstd * rstd * slopes[2 * g + 1]
-            ok &= sums_carried(rstd, mean) and abs(slope) < 2.0 ** 100 and known[COUNT * job.G + g] > 0
+            ok &= sums_carried(rstd, mean) and comfortable(slope) and known[COUNT * job.G + g] > 0
             for i in range(p.c, p.c + job.K):
                 put(t.slope, i, -slope, like)
                 put(t.constant, i, slope * rest - rstd * slopes[2 * g], like)

@@ -51,7 +51,7 @@ cdef bint weights_carried(const Job *job) noexcept nogil:
     for n in range(job.N if job.weight.data != NULL and job.weight.sample_stride else 1):
         for c in range(job.C if job.weight.data != NULL else 0):
             weight = (<const float *> (job.weight.data + n * job.weight.sample_stride))[c]
-            ok &= comfortable(weight)
+            ok &= comfortable(weight * 2.0 ** 20) and comfortable(weight * 2.0 ** -20)  # times a gradient's rstd, too
     return ok
 
 
@@ -92,7 +92,7 @@ cdef Short short_of(const Task *task, const double *slopes, vec like) noexcept n
     rstds_of(job, task.known, n, p.rstd)
     for g in range(n):
         p.mean[g] = in_type(pivot[g], like)
-        p.rest[g] = -rest_of(pivot[g], like) * p.rstd[g]
+        p.rest[g] = -rest_of(pivot[g], like) * p.rstd[g] if vec is floats else 0  # an infinite rstd makes no NaN of its own
     for g in range(n if slopes != NULL else 0):
         p.slope[g] = p.rstd[g] * p.rstd[g] * slopes[2 * g + 1]
         p.constant[g] = p.rstd[g] * slopes[2 * g] - p.slope[g] * rest_of(pivot[g], like)
@@ -140,7 +140,7 @@ cdef inline bint all_ready(const Job *job, const Short *p, const View *other, co
 
 cdef inline bint short_carried(const Short *p, Py_ssize_t g, bint sloped) noexcept nogil:
     return comfortable(p.mean[g]) and comfortable(p.rstd[g]) and (
-        not sloped or (2.0 ** -40 < p.rstd[g] < 2.0 ** 40 and abs(p.slope[g]) < 2.0 ** 100))
+        not sloped or (2.0 ** -40 < p.rstd[g] < 2.0 ** 40 and comfortable(p.slope[g])))
 
 
 cdef inline void widen_group(Short *p, const double *known, Py_ssize_t g, const double *slopes) noexcept nogil:
