@@ -223,6 +223,16 @@ def test_16_bits_are_rounded_once(dtype, ratio, layout):
 
 
 @both_layouts
+def test_many_channels_of_equal_float64_sums_lose_nothing(layout):
+    """Zeros and ones, as what ReLU leaves or a bool: all channels have about the same sums."""
+    x = in_layout(np.random.default_rng(0).integers(0, 2, (1, 20000, 8)).astype(np.float64), layout)
+    m = gn_fast.group_moments(x, 1)
+    ones = int(x.sum())
+    m2 = Fraction(ones * (x.size - ones), x.size)
+    assert abs(float(Fraction(m.m2[0, 0]) / m2 - 1)) <= 8 * EPS64
+
+
+@both_layouts
 @every_ratio
 def test_float64_is_within_4_ulp(ratio, layout):
     rng = np.random.default_rng(0)

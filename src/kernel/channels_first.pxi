@@ -60,7 +60,7 @@ cdef inline bint in_runs(const Job *job, const View *v, const stored *_) noexcep
 cdef inline bint run_moments(const stored *x, Py_ssize_t n, double *found, Py_ssize_t groups, vec like) noexcept nogil:
     """Of values in a row; returns whether float32 carried them."""
     cdef double sums[2 * LANES]
-    cdef double sum, square, near = 0, rest, pivot = pivot_of(x, n, like)
+    cdef double sum, square, rest, near = 0, pivot = pivot_of(x, n, like)
     cdef Py_ssize_t k
     if vec is doubles and n < SMALL:
         add_few(x, n, pivot, sums)
@@ -75,8 +75,7 @@ cdef inline bint run_moments(const stored *x, Py_ssize_t n, double *found, Py_ss
         gn_total(sums, &rest, &square)
         square -= near * (sum + rest)
         sum = rest
-    put_moments(n, sum, square, pivot, found, groups)
-    put_mean(pivot, near + sum / n, found, groups)
+    put_moments(n, sum, square, pivot, near, found, groups)
     return vec is doubles or carried(square)
 
 
@@ -345,7 +344,7 @@ cdef bint group_sums(const Task *task, const Unit *u, const Part *p, double rstd
     cdef double *sums = task.found + sums_at(task.job) + p.c - u.c
     cdef double mean = task.known[PIVOT * u.groups + p.g]
     cdef Runs runs
-    if not sums_carried(rstd, mean) and vec is floats:
+    if vec is floats and (task.job.K * task.job.S < FEW or not sums_carried(rstd, mean)):
         return False
     if task.job.activation != IDENTITY and not group_parameters(task, p, rstd, NULL, &runs, like):
         return False

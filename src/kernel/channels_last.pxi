@@ -277,22 +277,28 @@ cdef inline double wide_lane(const void *lanes, Py_ssize_t i, vec like) noexcept
 
 cdef inline void move_sums(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count, double centre, double *sums,
                            const stored *_, vec like) noexcept nogil:
-    """The sums of a group's channels, brought from their pivots to a centre, in LANES lanes."""
-    cdef doubles n = gn_all_doubles(count), delta, sum, product
+    """The sums of a group's channels, brought from their pivots to a centre, in LANES lanes; and what rounding leaves out of them."""
+    cdef doubles n = gn_all_doubles(count), delta, sum, product, low
     cdef double d
     cdef Py_ssize_t i = c, j, k
-    memset(sums, 0, 2 * LANES * sizeof(double))
+    memset(sums, 0, 4 * LANES * sizeof(double))
     for j in range(K // LANES):
         for k in range(LANES // DOUBLES):
             delta = wide_lanes(l.pivot, i, like) - gn_all_doubles(centre)
             sum = gn_doubles_of_double(l.sum + i)
             product = gn_doubles_of_double(l.product + i)
-            gn_add_doubles(sums + k * DOUBLES, gn_fma_doubles(n, delta, sum))
             if stored is double:
-                gn_add_doubles(sums + k * DOUBLES, gn_doubles_of_double(l.sum_low + i))
-                sum += gn_doubles_of_double(l.sum_low + i)
+                low = gn_doubles_of_double(l.sum_low + i)
+                add_lanes_exactly(sums + k * DOUBLES, sums + (2 * LANES + k * DOUBLES), gn_fma_doubles(n, delta, sum))
+                gn_add_doubles(sums + (2 * LANES + k * DOUBLES), low)
+                sum += low
                 product += gn_doubles_of_double(l.product_low + i)
-            gn_add_doubles(sums + LANES + k * DOUBLES, gn_fma_doubles(delta, gn_fma_doubles(n, delta, sum + sum), product))
+                product = gn_fma_doubles(delta, gn_fma_doubles(n, delta, sum + sum), product)
+                add_lanes_exactly(sums + LANES + k * DOUBLES, sums + (3 * LANES + k * DOUBLES), product)
+            else:
+                gn_add_doubles(sums + k * DOUBLES, gn_fma_doubles(n, delta, sum))
+                product = gn_fma_doubles(delta, gn_fma_doubles(n, delta, sum + sum), product)
+                gn_add_doubles(sums + LANES + k * DOUBLES, product)
             i += DOUBLES
     for k in range(K % LANES):
         d = wide_lane(l.pivot, i + k, like) - centre
@@ -304,15 +310,16 @@ cdef void gather_group(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count,
                        const stored *_, vec like) noexcept nogil:
     """The moments of a group from the sums of its channels: about the pivot of the first, which tells the mean, and then about what is
     near it and as short as pivots are, so that the differences are exact."""
-    cdef double sums[2 * LANES]
-    cdef double centre = wide_lane(l.pivot, c, like), sum, square, shift
+    cdef double sums[4 * LANES]
+    cdef double centre = wide_lane(l.pivot, c, like), sum, square, sum_low, square_low, shift
     move_sums(l, c, K, count, centre, sums, _, like)
     gn_total(sums, &sum, &square)
     shift = sum / max(count * K, 1.0)
     centre = settled(centre + shift, abs(centre) + abs(shift), gn_all_doubles(0))
     move_sums(l, c, K, count, centre, sums, _, like)
     gn_total(sums, &sum, &square)
-    put_moments(count * K, sum, square, centre, found, groups)
+    gn_total(sums + 2 * LANES, &sum_low, &square_low)
+    put_moments(count * K, sum + sum_low, square + square_low, centre, 0, found, groups)
 
 
 cdef bint rows_moments(const Task *task, const Span *whole, const stored *_, vec like) noexcept nogil:
@@ -474,5 +481,5 @@ cdef void channels_last_sums(const Task *task, const stored *_, vec like) noexce
     cdef Py_ssize_t g
     for g in range(job.G):
         sums[g * job.K] = INFINITY
-    if not sums_chunk(task, &t, sums, _, like):
+    if job.K * job.S < FEW or not sums_chunk(task, &t, sums, _, like):
         sums_chunk(task, &t, sums, <const double *> NULL, gn_all_doubles(0))

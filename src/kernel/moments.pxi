@@ -3,6 +3,7 @@
 
 cdef enum:
     SMALL = 512  # groups of fewer values have their moments computed in float64: too few roundings average out
+    FEW = 256  # and those of fewer their gradient's sums, which have a smaller share in dx
     BLOCK = 4096  # values of channels-first with one pivot: few, for data that drift, and enough to hide how it is found
     SAMPLES = 4  # times LANES values, or rows, are averaged for a pivot: half a standard deviation from the mean is as good as none
 
@@ -76,13 +77,13 @@ cdef inline double settled(double p, double size, vec like) noexcept nogil:
         return (p + more) - more
 
 
-cdef inline void put_moments(double count, double sum, double square, double pivot, double *found,
+cdef inline void put_moments(double count, double sum, double square, double pivot, double near, double *found,
                              Py_ssize_t groups) noexcept nogil:
-    """Of one group, from its sums about a pivot."""
-    cdef double shift = sum / max(count, 1.0)
+    """Of one group, from its sums about pivot + near."""
+    cdef double shift = sum / max(count, 1.0), rest, centre = sum_of(pivot, near, &rest)
     found[COUNT * groups] = count
     found[M2 * groups] = square - sum * shift
-    put_mean(pivot, shift, found, groups)
+    put_mean(centre, rest + shift, found, groups)
 
 
 cdef inline double settled_sums(double *sums, double share, vec like) noexcept nogil:

@@ -144,8 +144,8 @@ cdef inline void add_lanes_exactly(double *sums, double *low, doubles v) noexcep
     gn_add_doubles(low, (before - (sum - part)) + (v - part))
 
 
-cdef inline void add_step_sums(const stored *_, const Rows *t, Py_ssize_t j, vec sum, vec product) noexcept nogil:
-    if stored is double and vec is doubles:
+cdef inline void add_step_sums(const stored *v, const Rows *t, Py_ssize_t j, vec sum, vec product) noexcept nogil:
+    if stored is double and vec is doubles and v == NULL:  # a mean's error would count in full, a gradient's does not
         add_lanes_exactly(t.sum + j, t.sum_low + j, sum)
         add_lanes_exactly(t.product + j, t.product_low + j, product)
     else:
@@ -153,7 +153,7 @@ cdef inline void add_step_sums(const stored *_, const Rows *t, Py_ssize_t j, vec
         add_lanes(t.product + j, product)
 
 
-cdef inline void add_down(const stored *x, const stored *v, const Rows *t, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n,
+cdef inline void add_down(const stored *x, const stored *dy, const Rows *t, Py_ssize_t rows, Py_ssize_t j, Py_ssize_t n,
                           vec like) noexcept nogil:
     """Down some rows of a vector's lanes, of which n are there. Even and odd rows are added up side by side."""
     cdef vec p = some_lanes(t.pivot, j, n, like)
@@ -165,17 +165,17 @@ cdef inline void add_down(const stored *x, const stored *v, const Rows *t, Py_ss
     for r in range(rows if t.ahead else 0):  # several rows at once are out of the order of memory: ask for them in that order
         gn_prefetch(<const char *> (x + j * rows + r * n) + t.ahead)
     x += j
-    v = after(v, j)
+    dy = after(dy, j)
     for r in range(rows // 2):
         for k in range(2):
             d = some_of(x, n, like) - p
-            add_pair(d if v == NULL else some_of(v, n, like), d, &sum[k], &product[k])
+            add_pair(d if dy == NULL else some_of(dy, n, like), d, &sum[k], &product[k])
             x += t.row
-            v = after(v, t.dyrow)
+            dy = after(dy, t.dyrow)
     if rows % 2:
         d = some_of(x, n, like) - p
-        add_pair(d if v == NULL else some_of(v, n, like), d, &sum[0], &product[0])
-    add_step_sums(x, t, j, sum[0] + sum[1], product[0] + product[1])
+        add_pair(d if dy == NULL else some_of(dy, n, like), d, &sum[0], &product[0])
+    add_step_sums(dy, t, j, sum[0] + sum[1], product[0] + product[1])
 
 
 cdef inline void add_step(const stored *x, const stored *v, const Rows *t, Py_ssize_t rows, vec like) noexcept nogil:
