@@ -120,6 +120,7 @@ class BuildExt(build_ext):
                 "cdivision": True,
                 "initializedcheck": False,
                 "autotestdict": False,
+                "freethreading_compatible": True,  # src/threads.pxi tells why
             },
             build_dir="build",
         )

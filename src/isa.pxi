@@ -2,14 +2,16 @@
 
 import contextlib
 import os
+import threading
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 
 cdef extern from "threads.h" nogil:
     int gn_x86_64_level()
 
-cdef Kernel *kernel = NULL
+cdef Kernel *kernel = NULL  # a word, written at once; what it points to never changes after its module is imported
 _isa = None
+_isa_lock = threading.Lock()  # so that they name the same one
 
 
 def isa_levels():
@@ -34,8 +36,9 @@ def isa_levels():
 def _set_isa(level):
     global kernel, _isa
     module = __import__(f"gn_fast._kernel_{level}", fromlist=["KERNEL"])
-    kernel = <Kernel *> PyCapsule_GetPointer(module.KERNEL, "gn_fast.kernel")
-    _isa = level
+    with _isa_lock:
+        kernel = <Kernel *> PyCapsule_GetPointer(module.KERNEL, "gn_fast.kernel")
+        _isa = level
 
 
 def _isa_of_environment():
@@ -54,6 +57,9 @@ _set_isa(_isa_of_environment())
 @contextlib.contextmanager
 def use_isa(level):
     """Compute with another instruction set inside a ``with`` block, in the whole process: for tests and benchmarks.
+
+    A call that runs in another thread meanwhile may use either. Blocks of several threads that overlap without one
+    being inside the other may leave another level than there was.
 
     Parameters
     ----------

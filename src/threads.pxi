@@ -1,5 +1,10 @@
 # The one room with threads: how many there may be, and how a job is shared among them.  What a thread does
 # depends on positions in the array only, so no result depends on who did it.
+#
+# The GIL is not needed.  What lives longer than a call is: the settings of this file and of isa.pxi, each one object of
+# the module or one word, which is read once and replaced whole; the pool, under its lock (pool.h), which calls had to
+# share without the GIL before there was another Python; and what is found out when gn_fast is imported.  A call's plan,
+# its scratch and NumPy's handler (a context variable) are its thread's own.
 
 import contextlib
 import contextvars
