@@ -17,6 +17,9 @@ COMPILED = ("*.so", "*.pyd")
 
 def copy_to(root, *without):
     shutil.copytree(FOLDER, root / "gn_fast", ignore=shutil.ignore_patterns("__pycache__", *without))
+    libraries = FOLDER.with_name("gn_fast.libs")  # a wheel's
+    if libraries.exists():
+        shutil.copytree(libraries, root / "gn_fast.libs")
     return root
 
 
