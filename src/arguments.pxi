@@ -1,5 +1,5 @@
-# What is checked of an argument by itself: its type, dtype, shape and range. Errors name it, say what it was and what it
-# should be.
+# What is checked of an argument by itself: its type, dtype, shape and range. Errors name it, say what it was and what
+# it should be.
 
 _ACTIVATIONS = {None: IDENTITY, "relu": RELU, "leaky_relu": LEAKY_RELU, "silu": SILU, "swish": SILU, "gelu": GELU,
                 "gelu_tanh": GELU_TANH, "mish": MISH, "hardswish": HARDSWISH, "sigmoid": SIGMOID, "tanh": TANH}

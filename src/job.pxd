@@ -1,5 +1,5 @@
-# What the entry points (_core.pyx) and the kernels (kernel/) tell each other: an array as a kernel sees it, a job, and the
-# table of functions that a kernel hands over. Declarations only.
+# What the entry points (_core.pyx) and the kernels (kernel/) tell each other: an array as a kernel sees it, a job, and
+# the table of functions that a kernel hands over. Declarations only.
 
 from libc.stdint cimport int64_t
 
@@ -78,8 +78,9 @@ cdef inline void bounds(const Job *job, Py_ssize_t chunk, Py_ssize_t *start, Py_
         stop[0] = min(start[0] + job.chunk, (chunk // job.pieces + 1) * job.S)
 
 
-# What is found of a unit lies in one array of doubles: the moments of its groups; the sums of dy' and of dy' * (x - mean) of
-# its channels; and the two means a and b of its groups that dx is made of (before they are settled, their sums).
+# What is found of a unit lies in one array of doubles: the moments of its groups; the sums of dy' and of dy' * (x -
+# mean) of its channels; and the two means a and b of its groups that dx is made of (before they are settled, their
+# sums).
 
 cdef inline Py_ssize_t sums_at(const Job *job) noexcept nogil:
     return 4 * job.unit_groups

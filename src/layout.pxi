@@ -28,8 +28,8 @@ cdef int view(View *v, cnp.ndarray a, int axis) except -1:
 
 
 cdef void innermost_first(cnp.ndarray a, int *order) noexcept:
-    """The axes of an array as NumPy's iterator orders them, and with it a ufunc its result: by strides, innermost first.
-    Axes of stride 0 or length 1 decide nothing; they stay behind those that come after them in the shape."""
+    """The axes of an array as NumPy's iterator orders them, and with it a ufunc its result: by strides, innermost
+    first. Axes of stride 0 or length 1 decide nothing; they stay behind those that come after them in the shape."""
     cdef int count = 0, axis, place, i
     cdef Py_ssize_t stride, other
     for axis in range(cnp.PyArray_NDIM(a) - 1, -1, -1):
@@ -83,8 +83,8 @@ cdef cnp.ndarray like_x(View *v, value, str name, cnp.ndarray x, int axis, out):
 
 
 cdef tuple per_channel(View *v, value, str name, Call *call, cnp.ndarray x, out):
-    """See a weight or bias as an (N, C) array whose channels lie in a row, float32 or float64. Returns it as it was given
-    and as it is seen, which the caller keeps alive."""
+    """See a weight or bias as an (N, C) array whose channels lie in a row, float32 or float64. Returns it as it was
+    given and as it is seen, which the caller keeps alive."""
     cdef cnp.ndarray a = as_array(value, name), given = a
     cdef bint each = has_row_of_each_sample(a, name, call, x)
     if cnp.PyArray_NDIM(a) == 0:
@@ -103,8 +103,8 @@ cdef tuple per_channel(View *v, value, str name, Call *call, cnp.ndarray x, out)
 
 
 cdef bint has_row_of_each_sample(cnp.ndarray a, str name, Call *call, cnp.ndarray x) except -1:
-    """Whether a weight or bias is of shape (N, C), and not (), (C,) or (1, C); ones for all the spatial axes may follow,
-    but not for some of them. No shape has two meanings: where two of these are alike, N or C is 1."""
+    """Whether a weight or bias is of shape (N, C), and not (), (C,) or (1, C); ones for all the spatial axes may
+    follow, but not for some of them. No shape has two meanings: where two of these are alike, N or C is 1."""
     cdef Job *job = &call.job
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(a)
     cdef int ndim = cnp.PyArray_NDIM(a), spatial = cnp.PyArray_NDIM(x) - 2, short = ndim - spatial

@@ -80,7 +80,8 @@ cdef bint innermost(cnp.ndarray x, int axis) noexcept:
 
 
 cdef int plan_walk(Job *job, cnp.ndarray x, int axis) except -1:
-    """Choose the walk, the units of work and the chunks: by shape and order of memory only, since bits depend on them."""
+    """Choose the walk, the units of work and the chunks: by shape and order of memory only, since bits depend on
+    them."""
     cdef Py_ssize_t channels
     job.channels_last = job.S > 1 and job.C > 1 and innermost(x, axis)
     if job.channels_last:
@@ -197,8 +198,8 @@ cdef tuple use_sums(Call *call, cnp.ndarray dweight, cnp.ndarray dbias):
 
 
 cdef settle_types(Job *job):
-    """Choose the type that a tile holds, and give short channels a weight and a bias for each value; the caller keeps what is returned
-    alive."""
+    """Choose the type that a tile holds, and give short channels a weight and a bias for each value; the caller keeps
+    what is returned alive."""
     cdef cnp.ndarray weights = None, biases = None
     cdef Py_ssize_t values = job.C * job.S
     cdef bint gradient = job.dy.data != NULL, short = job.S < SHORT and not job.channels_last
@@ -214,7 +215,8 @@ cdef settle_types(Job *job):
             weights = empty_row(expanded_size(job, &job.weight), number)
         if not each_has_its_own(job, &job.bias):
             biases = empty_row(expanded_size(job, &job.bias), number)
-        kernel.expand(job, NULL if weights is None else cnp.PyArray_DATA(weights), NULL if biases is None else cnp.PyArray_DATA(biases))
+        kernel.expand(job, NULL if weights is None else cnp.PyArray_DATA(weights),
+                      NULL if biases is None else cnp.PyArray_DATA(biases))
     return weights, biases
 
 

@@ -39,7 +39,8 @@ _pool_handler = PyCapsule_New(&gn_pool_handler, "mem_handler", NULL)
 
 
 cdef object into_pool(Py_ssize_t bytes):
-    """Let an array of so many bytes come from the pool if that is worth it; returns the handler to be set again, or None."""
+    """Let an array of so many bytes come from the pool if that is worth it; returns the handler to be set again, or
+    None."""
     if bytes >= WORTH_POOLING and gn_pool_limit:
         before = PyDataMem_GetHandler()
         if <PyObject *> before == PyDataMem_DefaultHandler:  # any other is the caller's own choice
@@ -76,7 +77,8 @@ cdef cnp.ndarray empty_in_order_of(cnp.ndarray prototype):
 
 
 cdef cnp.ndarray fresh_zeros(Py_ssize_t rows, Py_ssize_t columns):
-    """A new array of float64. Without the pool the page faults of a gradient's sums can take longer than the gradient."""
+    """A new array of float64. Without the pool the page faults of a gradient's sums can take longer than the
+    gradient."""
     cdef cnp.npy_intp shape[2]
     shape[0] = rows
     shape[1] = columns

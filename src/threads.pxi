@@ -48,8 +48,8 @@ def _thread_count(value, name):
 
 
 def _warn(message):
-    """A RuntimeWarning at the line outside of gn_fast and of the import system that led here. Frames of compiled code do
-    not exist, and skip_file_prefixes not before Python 3.12."""
+    """A RuntimeWarning at the line outside of gn_fast and of the import system that led here. Frames of compiled code
+    do not exist, and skip_file_prefixes not before Python 3.12."""
     frame = sys._getframe()
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] in ("gn_fast", "importlib"):
         frame = frame.f_back
@@ -290,8 +290,8 @@ cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept n
 
 
 cdef bint share_units(Plan *plan, Py_ssize_t unit_bytes) noexcept nogil:
-    """Whether threads share each unit: if there are too few, or if one stays in their caches only so. A level 2 cache is a
-    core's own, so that shared units may be larger; the last level is shared, so that fewer fit."""
+    """Whether threads share each unit: if there are too few, or if one stays in their caches only so. A level 2 cache
+    is a core's own, so that shared units may be larger; the last level is shared, so that fewer fit."""
     cdef Job *job = plan.job
     cdef Py_ssize_t shares = (job.N + job.block - 1) // job.block * (job.units // job.N)
     if plan.threads > 1 and job.chunks > 1 and (
@@ -304,8 +304,8 @@ cdef bint share_units(Plan *plan, Py_ssize_t unit_bytes) noexcept nogil:
 
 
 cdef Py_ssize_t units_together(const Plan *plan, Py_ssize_t unit_bytes) noexcept nogil:
-    """How many units a thread takes through each pass together: what stays in a level 1 cache, or if x comes from DRAM, which is
-    read faster in long runs, what stays in level 2."""
+    """How many units a thread takes through each pass together: what stays in a level 1 cache, or if x comes from DRAM,
+    which is read faster in long runs, what stays in level 2."""
     cdef const Job *job = plan.job
     cdef Py_ssize_t bytes = job.N * job.C * job.S * job.x.itemsize
     cdef Py_ssize_t room = L2_BYTES // 4 if bytes > LAST_LEVEL_BYTES else L1_ROOM
@@ -313,8 +313,8 @@ cdef Py_ssize_t units_together(const Plan *plan, Py_ssize_t unit_bytes) noexcept
 
 
 cdef Py_ssize_t bytes_ahead(const Plan *plan, Py_ssize_t unit_bytes, bint together) noexcept nogil:
-    """How far ahead to ask for memory: for the next units while some are normalized, if x comes from DRAM and the last level holds
-    both."""
+    """How far ahead to ask for memory: for the next units while some are normalized, if x comes from DRAM and the last
+    level holds both."""
     cdef const Job *job = plan.job
     cdef Py_ssize_t bytes = job.N * job.C * job.S * job.x.itemsize
     if job.channels_last:

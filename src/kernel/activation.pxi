@@ -1,5 +1,5 @@
-# The activations and their derivatives, of a vector. Only + - * /, fma, comparisons and shifts, no libm: every compiler and
-# every processor with fma gives the same bits.
+# The activations and their derivatives, of a vector. Only + - * /, fma, comparisons and shifts, no libm: every compiler
+# and every processor with fma gives the same bits.
 #
 # silu, gelu and gelu_tanh are z S(z) with S(-z) = 1 - S(z), so that with a = |z| and T(a) = a S(-a)
 #

@@ -1,11 +1,13 @@
-# What is done to vectors once the statistics are known, in the three ways that parameters come: one of each for a run of a
-# channel's positions, one for each lane of rows of channels, or a weight and a bias for each value of short channels.
+# What is done to vectors once the statistics are known, in the three ways that parameters come: one of each for a run
+# of a channel's positions, one for each lane of rows of channels, or a weight and a bias for each value of short
+# channels.
 #
 #     y = act((x - mean) * scale + shift + residual)        scale = weight * rstd, shift = bias
 #     dx = dy' * scale - ((x - mean) * slope + constant)    slope = rstd^2 * b, constant = rstd * a
 #
 # The mean is subtracted first: x * scale + (bias - mean * scale) would lose the digits that x and the mean share. What
-# rounding the mean to the compute type leaves out is in shift and constant. `other` is the residual, if there is one, or dy'.
+# rounding the mean to the compute type leaves out is in shift and constant. `other` is the residual, if there is one,
+# or dy'.
 
 cdef enum:
     DX = 1 << 8  # what is applied, if not an activation
@@ -75,8 +77,8 @@ cdef inline Py_ssize_t before_vector(const stored *y, vec like) noexcept nogil:
 
 cdef inline void apply_run(int kind, const stored *x, const stored *other, stored *y, Py_ssize_t n, const vec *a,
                            Flow flow) noexcept nogil:
-    """The values of one channel. The vectors between the first and the last begin where a vector's worth of y does in memory, and
-    these two overlap them; all are found before what they read is overwritten, as y may be x."""
+    """The values of one channel. The vectors between the first and the last begin where a vector's worth of y does in
+    memory, and these two overlap them; all are found before what they read is overwritten, as y may be x."""
     cdef Py_ssize_t w = width(a[0]), i, k
     cdef vec first = a[0], last = a[0]
     if n < w:
@@ -379,7 +381,8 @@ cdef void finish_dx(const Task *task, const Span *t, const stored *dy, stored *d
     cdef const double *known = task.known
     cdef const uint8_t *mask = load_mask(job, t[0], task.scratch.mask)
     cdef Unit u = unit_of(job, task.unit)
-    cdef Py_ssize_t lanes = t.lanes if job.channels_last else 1, positions = t.rows * t.lanes // lanes, i, j, c = -1, g, now
+    cdef Py_ssize_t lanes = t.lanes if job.channels_last else 1, positions = t.rows * t.lanes // lanes
+    cdef Py_ssize_t i, j, c = -1, g, now
     cdef double scale = 0
     cdef bint none = False
     if job.dresidual.data != NULL:

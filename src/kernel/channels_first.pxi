@@ -1,5 +1,5 @@
-# The walk of channels-first arrays, channel by channel: each has a run of positions, and a scale and a shift of its own. Short
-# channels have theirs in short.pxi.
+# The walk of channels-first arrays, channel by channel: each has a run of positions, and a scale and a shift of its
+# own. Short channels have theirs in short.pxi.
 
 cdef enum:
     STREAMED = 1024  # values of a channel that is streamed from registers; shorter ones are from a tile of several
@@ -142,8 +142,8 @@ cdef void channels_first_moments(const Task *task, const stored *_, vec like) no
 
 
 cdef inline bint comfortable(double v) noexcept nogil:
-    """Whether float32 may carry a factor: within 2^-100 and 2^100, so that no product with a value that matters leaves its range;
-    or 0, or NaN. What is not is computed in float64 from load to store."""
+    """Whether float32 may carry a factor: within 2^-100 and 2^100, so that no product with a value that matters leaves
+    its range; or 0, or NaN. What is not is computed in float64 from load to store."""
     return not (abs(v) > 2.0 ** 100 or (abs(v) < 2.0 ** -100 and v != 0))
 
 
@@ -159,7 +159,8 @@ cdef inline doubles parameters_at(const View *v, const char *p, Py_ssize_t i, Py
 
 cdef bint channel_parameters(const Job *job, const Part *p, double rstd, double rest, double *scale,
                              double *shift) noexcept nogil:
-    """Scale and shift of channels of one group, DOUBLES at a time (there is room for more), and whether float32 may carry them."""
+    """Scale and shift of channels of one group, DOUBLES at a time (there is room for more), and whether float32 may
+    carry them."""
     cdef const char *weights = job.weight.data + p.n * job.weight.sample_stride + p.c * job.weight.itemsize
     cdef const char *biases = job.bias.data + p.n * job.bias.sample_stride + p.c * job.bias.itemsize
     cdef doubles zero = gn_all_doubles(0), one = gn_all_doubles(1), s, size, largest = one, smallest = one
@@ -213,8 +214,8 @@ cdef inline bint group_parameters(const Task *task, const Part *p, double rstd, 
 
 
 cdef inline Py_ssize_t whole_lines(Py_ssize_t values, Py_ssize_t itemsize) noexcept nogil:
-    """How many channels make a tile: if it can be, such that tiles end with a line of memory, as half a line streamed takes as long
-    as some whole ones (30 ns; 512 x 256 x 14 x 14 took 1.4 times as long)."""
+    """How many channels make a tile: if it can be, such that tiles end with a line of memory, as half a line streamed
+    takes as long as some whole ones (30 ns; 512 x 256 x 14 x 14 took 1.4 times as long)."""
     cdef Py_ssize_t most = max(1, TILE // values), channels = most
     while channels > 1 and channels * values * itemsize % 64:
         channels -= 1
@@ -291,7 +292,8 @@ cdef void channels_first_apply(const Task *task, int kind, const stored *_, vec 
 
 
 cdef bint centre_sums(Py_ssize_t channels, double rest, double *sum, double *product) noexcept nogil:
-    """Bring the products of one group's channels to their mean, of which `rest` was left out; returns whether float32 carried them."""
+    """Bring the products of one group's channels to their mean, of which `rest` was left out; returns whether float32
+    carried them."""
     cdef double largest = 0, none = 0
     cdef Py_ssize_t c
     for c in range(channels):

@@ -1,5 +1,5 @@
-# The walk of channels-last arrays, row by row of channels: each channel is a lane, and so is, where there are few channels,
-# each of several positions that share a row. Lanes are added up by group at the end of a chunk.
+# The walk of channels-last arrays, row by row of channels: each channel is a lane, and so is, where there are few
+# channels, each of several positions that share a row. Lanes are added up by group at the end of a chunk.
 
 cdef enum:
     STRIP = 48  # lanes that few channels are folded to, and channels of a tile that must be gathered
@@ -34,7 +34,8 @@ cdef inline Span rows_of(const Job *job, const Unit *u, Py_ssize_t chunk) noexce
 
 
 cdef inline bint in_rows(const Job *job, const View *v, const stored *_) noexcept nogil:
-    """Whether rows lie whole in memory in this type, one behind the other if several are to be one; or the array is absent."""
+    """Whether rows lie whole in memory in this type, one behind the other if several are to be one; or the array is
+    absent."""
     return v.data == NULL or (
         v.storage == storage_as(_) and v.ndim == 1 and (v.channel_stride == v.itemsize or job.C == 1)
         and (fold_of(job) == 1 or v.stride[0] == job.C * v.itemsize))
@@ -119,7 +120,7 @@ cdef inline Grid strip_of(const Grid *g, const Span *t, vec like) noexcept nogil
 # ---- sums ------------------------------------------------------------------------------------------
 
 
-cdef struct Lanes:  # of the channels from the first on that are summed together: pivots, in the compute type; and their sums
+cdef struct Lanes:  # of channels that are summed together: pivots, in the compute type; and their sums
     void *pivot
     double *sum
     double *product
@@ -162,8 +163,8 @@ cdef inline Py_ssize_t rows_together(const Job *job, Py_ssize_t left) noexcept n
 
 cdef Py_ssize_t sum_rows(const Task *task, const Span *whole, const Lanes *l, const Grid *g, const stored *_,
                          vec like) noexcept nogil:
-    """The sums of each channel of a chunk about its pivot: of its moments, or with parameters, of its gradient. Returns how many rows
-    count."""
+    """The sums of each channel of a chunk about its pivot: of its moments, or with parameters, of its gradient. Returns
+    how many rows count."""
     cdef const Job *job = task.job
     cdef const Scratch *scratch = task.scratch
     cdef const stored *x
@@ -232,7 +233,8 @@ cdef void pivots_of(const stored *x, Py_ssize_t row, Py_ssize_t rows, Py_ssize_t
 
 cdef void sample_pivots(const Job *job, const Span *whole, const Scratch *scratch, void *pivot, const stored *_,
                         vec like) noexcept nogil:
-    """From rows that are spread over a chunk, so that data that drift stay near: each the first from there that counts."""
+    """From rows that are spread over a chunk, so that data that drift stay near: each the first from there that
+    counts."""
     cdef Py_ssize_t rows = 1 if vec is doubles and stored is not double else min(SAMPLES, whole.rows), r, c, row
     cdef Py_ssize_t stop = whole.s + whole.rows
     cdef stored *tile = <stored *> scratch.x
@@ -277,7 +279,8 @@ cdef inline double wide_lane(const void *lanes, Py_ssize_t i, vec like) noexcept
 
 cdef inline void move_sums(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count, double centre, double *sums,
                            const stored *_, vec like) noexcept nogil:
-    """The sums of a group's channels, brought from their pivots to a centre, in LANES lanes; and what rounding leaves out of them."""
+    """The sums of a group's channels, brought from their pivots to a centre, in LANES lanes; and what rounding leaves
+    out of them."""
     cdef doubles n = gn_all_doubles(count), delta, sum, product, low
     cdef double d
     cdef Py_ssize_t i = c, j, k
@@ -303,13 +306,14 @@ cdef inline void move_sums(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double co
     for k in range(K % LANES):
         d = wide_lane(l.pivot, i + k, like) - centre
         sums[k] += (count * d + l.sum[i + k]) + l.sum_low[i + k]
-        sums[LANES + k] += d * (count * d + 2 * (l.sum[i + k] + l.sum_low[i + k])) + (l.product[i + k] + l.product_low[i + k])
+        sums[LANES + k] += l.product[i + k] + l.product_low[i + k]
+        sums[LANES + k] += d * (count * d + 2 * (l.sum[i + k] + l.sum_low[i + k]))
 
 
 cdef void gather_group(const Lanes *l, Py_ssize_t c, Py_ssize_t K, double count, double *found, Py_ssize_t groups,
                        const stored *_, vec like) noexcept nogil:
-    """The moments of a group from the sums of its channels: about the pivot of the first, which tells the mean, and then about what is
-    near it and as short as pivots are, so that the differences are exact."""
+    """The moments of a group from the sums of its channels: about the pivot of the first, which tells the mean, and
+    then about what is near it and as short as pivots are, so that the differences are exact."""
     cdef double sums[4 * LANES]
     cdef double centre = wide_lane(l.pivot, c, like), sum, square, sum_low, square_low, shift
     move_sums(l, c, K, count, centre, sums, _, like)
@@ -463,7 +467,8 @@ cdef bint sums_chunk(const Task *task, const Span *whole, double *sums, const st
         c = g * job.K
         mean = task.known[PIVOT * job.G + g]
         t = group_of(job, whole, g)
-        ok = centre_sums(job.K, rest_of(mean, like), l.sum + c, l.product + c) and sums_carried(rstd_of(job, task.known, job.G, g), mean)
+        ok = centre_sums(job.K, rest_of(mean, like), l.sum + c, l.product + c)
+        ok &= sums_carried(rstd_of(job, task.known, job.G, g), mean)
         if vec is doubles or (ok and lane_parameters(task, &t, NULL, &grid, like)):
             if sums[c] == INFINITY:
                 memcpy(sums + c, l.sum + c, job.K * sizeof(double))

@@ -1,5 +1,5 @@
-# The kernel: its parts, and the table of passes. A module for one instruction set is a title page that includes this file;
-# arguments and threads live in the entry points.
+# The kernel: its parts, and the table of passes. A module for one instruction set is a title page that includes this
+# file; arguments and threads live in the entry points.
 #
 #   tile    values where they lie, or gathered in level 1
 #   piece   values that are summed in lanes of the compute type before they are added up in float64

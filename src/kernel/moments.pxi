@@ -1,11 +1,11 @@
-# Moments: sums about a pivot near the mean, which chunks merge by Chan's update. What sweeps memory for them is in sums.pxi
-# and in the two walks, channels_first.pxi and channels_last.pxi.
+# Moments: sums about a pivot near the mean, which chunks merge by Chan's update. What sweeps memory for them is in
+# sums.pxi and in the two walks, channels_first.pxi and channels_last.pxi.
 
 cdef enum:
     SMALL = 512  # groups of fewer values have their moments computed in float64: too few roundings average out
     FEW = 256  # and those of fewer their gradient's sums, which have a smaller share in dx
     BLOCK = 4096  # values of channels-first with one pivot: few, for data that drift, and enough to hide how it is found
-    SAMPLES = 4  # times LANES values, or rows, are averaged for a pivot: half a standard deviation from the mean is as good as none
+    SAMPLES = 4  # times LANES values, or rows, tell a pivot: half a standard deviation off is as good as none
 
 
 cdef inline double sum_of(double a, double b, double *rest) noexcept nogil:
@@ -45,10 +45,10 @@ cdef inline bint carried(double sum_of_squares) noexcept nogil:
 
 
 cdef inline double above(double size, vec like) noexcept nogil:
-    """What is added and taken off again to round a pivot: to the spacing of float32 four times as large as the data, and to some 36
-    bits of float64. Then x - p is exact or its error is random: with lower bits of its own a pivot would shift all x of one binade
-    by the same error, which no average removes. In float64 the products of pivots and counts are exact too, and so are the squares
-    of x - p of a constant."""
+    """What is added and taken off again to round a pivot: to the spacing of float32 four times as large as the data,
+    and to some 36 bits of float64. Then x - p is exact or its error is random: with lower bits of its own a pivot would
+    shift all x of one binade by the same error, which no average removes. In float64 the products of pivots and counts
+    are exact too, and so are the squares of x - p of a constant."""
     return 4 * min(size, 1e37) if vec is floats else 2.0 ** 17 * min(size, 1e290)
 
 
@@ -121,8 +121,8 @@ cdef inline double pivot_of_few(const stored *x, Py_ssize_t n, vec like) noexcep
 
 
 cdef inline double pivot_of(const stored *x, Py_ssize_t n, vec like) noexcept nogil:
-    """About the mean of values in a row, from some that are spread over all, so that data that drift stay near. In float64, any of
-    few values is near enough."""
+    """About the mean of values in a row, from some that are spread over all, so that data that drift stay near. In
+    float64, any of few values is near enough."""
     if vec is doubles and stored is not double:
         return scalar(x[0])
     elif n < SAMPLES * LANES:

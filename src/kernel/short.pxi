@@ -1,5 +1,5 @@
-# Channels of fewer than SHORT positions, down to those of arrays of two dimensions: a scale and a shift would be used a few
-# times only, so each value has its weight and bias, expanded once for all samples (Job.weights, Job.biases).
+# Channels of fewer than SHORT positions, down to those of arrays of two dimensions: a scale and a shift would be used a
+# few times only, so each value has its weight and bias, expanded once for all samples (Job.weights, Job.biases).
 
 cdef void expand_sample(const Job *job, const View *v, Py_ssize_t n, double absent, void *to, vec like) noexcept nogil:
     """A weight or bias for each value of a sample; of absent ones, as many as a tile has at most."""

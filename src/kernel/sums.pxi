@@ -1,8 +1,8 @@
-# The pair of sums that everything is made of, in one piece of code: sum(v) and sum(v * d) with d = x - p. The moments are
-# those of v = d about a pivot p near the mean, the gradient's those of v = dy' about the mean.
+# The pair of sums that everything is made of, in one piece of code: sum(v) and sum(v * d) with d = x - p. The moments
+# are those of v = d about a pivot p near the mean, the gradient's those of v = dy' about the mean.
 #
-# They are taken in LANES lanes of the compute type, as few values to a chain that only few roundings meet, and from there
-# added up in float64: `sums` has LANES of sum(v), then LANES of sum(v * d).
+# They are taken in LANES lanes of the compute type, as few values to a chain that only few roundings meet, and from
+# there added up in float64: `sums` has LANES of sum(v), then LANES of sum(v * d).
 
 cdef enum:
     LANES = 16
@@ -23,8 +23,8 @@ cdef inline void add_pair(vec v, vec d, vec *sum, vec *product) noexcept nogil:
 
 cdef inline void sum_lanes(const stored *x, const stored *v, Py_ssize_t rows, vec p, vec *sum,
                            vec *product) noexcept nogil:
-    """Rows of LANES values, in the order of memory as far as a vector reaches: out of order the hardware prefetches too little of
-    it, and a sweep of DRAM takes up to 2.4 times as long."""
+    """Rows of LANES values, in the order of memory as far as a vector reaches: out of order the hardware prefetches too
+    little of it, and a sweep of DRAM takes up to 2.4 times as long."""
     cdef vec s[SETS]
     cdef vec q[SETS]
     cdef vec d

@@ -1,5 +1,5 @@
-# Tiles: some values of an array, where they lie or gathered in level 1; and their types. Strides, masks and mixed types live
-# in this file and nowhere else.
+# Tiles: some values of an array, where they lie or gathered in level 1; and their types. Strides, masks and mixed types
+# live in this file and nowhere else.
 
 cdef enum:
     TILE = 1536  # values of a tile at most: whole pieces, and up to twice STEP rows of STRIP lanes; one of x holds BLOCK
@@ -206,7 +206,8 @@ cdef inline bint in_one_run(const Job *job, const View *v, const Span *t) noexce
 
 cdef inline stored *direct(const Job *job, const View *v, const Span *t, stored *buffer,
                            Py_ssize_t *row) noexcept nogil:
-    """Where to work on a span, and the distance of its rows: where it lies if it needs no conversion, else the buffer."""
+    """Where to work on a span, and the distance of its rows: where it lies if it needs no conversion, else the
+    buffer."""
     row[0] = t.lanes
     if v.storage != storage_as(buffer):
         return buffer
@@ -221,7 +222,8 @@ cdef inline stored *direct(const Job *job, const View *v, const Span *t, stored 
 
 
 cdef inline stored *target(const Job *job, const View *v, const Span *t, stored *buffer) noexcept nogil:
-    """Where to write a span's values: where they shall lie, unless they are to be converted, scattered or streamed from the buffer."""
+    """Where to write a span's values: where they shall lie, unless they are to be converted, scattered or streamed from
+    the buffer."""
     cdef Py_ssize_t row
     return buffer if v.streamed or job.channels_last else direct(job, v, t, buffer, &row)
 

@@ -1,5 +1,5 @@
-# The vectors of vector.h as Cython sees them: one name for what is done to vectors of float32 or float64, and to values of
-# any type in memory. `like` is any vector of the wanted type; compilers drop it.
+# The vectors of vector.h as Cython sees them: one name for what is done to vectors of float32 or float64, and to values
+# of any type in memory. `like` is any vector of the wanted type; compilers drop it.
 
 from libc.stdint cimport uint8_t, uint16_t, uint64_t
 from libc.string cimport memcpy, memmove, memset
@@ -178,8 +178,8 @@ cdef inline vec some_of(const stored *p, Py_ssize_t n, vec like) noexcept nogil:
 
 
 cdef inline vec few_of(const stored *p, Py_ssize_t n, vec like) noexcept nogil:
-    """The same for what is applied: in place of those that are absent is one that is there, so that what is made of them raises
-    nothing."""
+    """The same for what is applied: in place of those that are absent is one that is there, so that what is made of
+    them raises nothing."""
     cdef stored full[16]
     cdef Py_ssize_t j
     if n == width(like):
