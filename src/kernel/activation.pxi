@@ -81,7 +81,7 @@ cdef inline void erfcx(vec a, vec *p, vec *q) noexcept nogil:
         k = step(step(step(k, a, 4012.2969634860515), a, 14300.492964356416), a, 28835.371099264514)
         k = step(step(step(step(k, a, 3001.7329983631475), a, -162003.08010903181), a, -443010.679953616), a,
                  -452291.52083270007)
-    q[0] = p[0] + fma(a, p[0], a * k)
+    q[0] = fma(a, p[0] + k, p[0])
 
 
 cdef inline vec exp_silu(vec z, vec *a) noexcept nogil:

@@ -147,7 +147,7 @@ cdef inline void apply_band(int kind, const stored *x, const stored *other, stor
 
 cdef inline void apply_to_rows(int kind, const stored *x, const stored *other, stored *y, const Grid *t,
                                vec like) noexcept nogil:
-    cdef Py_ssize_t r, fours = t.rows - t.rows % 4
+    cdef Py_ssize_t r, fours = t.rows - t.rows % 4 if kind == DX or kind <= RELU else 0
     for r from 0 <= r < fours by 4:
         apply_band(kind, x + r * t.xrow, after(other, r * t.orow), y + r * t.yrow, t, 4, like)
     for r in range(fours, t.rows):

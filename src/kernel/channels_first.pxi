@@ -303,6 +303,15 @@ cdef bint centre_sums(Py_ssize_t channels, double rest, double *sum, double *pro
     return none == 0 and 2.0 ** -60 < largest < 2.0 ** 60
 
 
+cdef inline void sum_run(const Job *job, const stored *x, const stored *dy, Py_ssize_t n, double pivot, double *sum,
+                         double *product, vec mean) noexcept nogil:
+    """Of a channel, in float64 if its group has few values."""
+    if job.K * job.S < FEW:
+        sum_channel(x, dy, n, gn_all_doubles(pivot), pivot, sum, product)
+    else:
+        sum_channel(x, dy, n, mean, pivot, sum, product)
+
+
 cdef void sums_part(const Task *task, const Part *p, Runs *runs, double *sum, double *product, const stored *_,
                     vec like) noexcept nogil:
     """The sums of some channels."""
@@ -317,7 +326,7 @@ cdef void sums_part(const Task *task, const Part *p, Runs *runs, double *sum, do
         x = start_of(&job.x, &t, _)
         dy = start_of(&job.dy, &t, _)
         for c in range(p.channels):
-            sum_channel(x, dy, p.values, mean, runs.mean, sum + c, product + c)
+            sum_run(job, x, dy, p.values, runs.mean, sum + c, product + c, mean)
             x += steps_of(&job.x, _)
             dy += steps_of(&job.dy, _)
         return
@@ -336,8 +345,8 @@ cdef void sums_part(const Task *task, const Part *p, Runs *runs, double *sum, do
                 memset(lanes, 0, sizeof(lanes))
         else:
             for i in range(runs.channels):
-                sum_channel(x + i * runs.values, dy + i * runs.values, runs.values, mean, runs.mean, sum + c + i,
-                            product + c + i)
+                sum_run(job, x + i * runs.values, dy + i * runs.values, runs.values, runs.mean, sum + c + i,
+                        product + c + i, mean)
 
 
 cdef bint group_sums(const Task *task, const Unit *u, const Part *p, double rstd, const stored *_,
@@ -346,7 +355,7 @@ cdef bint group_sums(const Task *task, const Unit *u, const Part *p, double rstd
     cdef double *sums = task.found + sums_at(task.job) + p.c - u.c
     cdef double mean = task.known[PIVOT * u.groups + p.g]
     cdef Runs runs
-    if vec is floats and (task.job.K * task.job.S < FEW or not sums_carried(rstd, mean)):
+    if vec is floats and not sums_carried(rstd, mean):
         return False
     if task.job.activation != IDENTITY and not group_parameters(task, p, rstd, NULL, &runs, like):
         return False

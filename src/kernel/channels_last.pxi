@@ -120,7 +120,8 @@ cdef inline Grid strip_of(const Grid *g, const Span *t, vec like) noexcept nogil
 # ---- sums ------------------------------------------------------------------------------------------
 
 
-cdef struct Lanes:  # of channels that are summed together: pivots, in the compute type; and their sums
+cdef struct Lanes:  # of channels that are summed together: pivots, in the type that is summed in; and their sums
+    bint wide  # float64
     void *pivot
     double *sum
     double *product
@@ -128,9 +129,9 @@ cdef struct Lanes:  # of channels that are summed together: pivots, in the compu
     double *product_low
 
 
-cdef inline Lanes lanes_from(const Job *job, const Scratch *scratch, void *pivot, int i) noexcept nogil:
+cdef inline Lanes lanes_from(const Job *job, const Scratch *scratch, bint wide, void *pivot, int i) noexcept nogil:
     """With arrays of lanes from the i-th on."""
-    return Lanes(pivot, lane_array(job, scratch, i), lane_array(job, scratch, i + 1), lane_array(job, scratch, i + 2),
+    return Lanes(wide, pivot, lane_array(job, scratch, i), lane_array(job, scratch, i + 1), lane_array(job, scratch, i + 2),
                  lane_array(job, scratch, i + 3))
 
 
@@ -155,6 +156,15 @@ cdef void add_positions(const Job *job, const stored *x, const stored *dy, Rows 
         add_rows(x + done, after(dy, done), t, like)
 
 
+cdef inline void add_in(const Job *job, const stored *x, const stored *dy, Rows *t, const Lanes *l, Py_ssize_t c,
+                        vec like) noexcept nogil:
+    """In the type of the pivots."""
+    if l.wide:
+        add_positions(job, x, dy, t, l, c, gn_all_doubles(0))
+    else:
+        add_positions(job, x, dy, t, l, c, like)
+
+
 cdef inline Py_ssize_t rows_together(const Job *job, Py_ssize_t left) noexcept nogil:
     """How many of the rows left make a tile, cut as add_rows cuts those that need no tile."""
     cdef Py_ssize_t rows = STEP * fold_of(job)
@@ -175,7 +185,10 @@ cdef Py_ssize_t sum_rows(const Task *task, const Span *whole, const Lanes *l, co
     cdef Rows rows
     cdef Grid strip
     memset(l.sum, 0, 4 * lanes_of(job) * sizeof(double))
-    fill_lanes(job, l.pivot, like)
+    if l.wide:
+        fill_lanes(job, l.pivot, gn_all_doubles(0))
+    else:
+        fill_lanes(job, l.pivot, like)
     rows.rows = t.rows
     rows.lanes = job.C
     rows.row = rows.dyrow = row_of(&job.x, _)
@@ -184,7 +197,7 @@ cdef Py_ssize_t sum_rows(const Task *task, const Span *whole, const Lanes *l, co
         if g != NULL:
             rows.dyrow = row_of(&job.dy, _)
             dy = start_of(&job.dy, &t, _)
-        add_positions(job, start_of(&job.x, &t, _), dy, &rows, l, 0, like)
+        add_in(job, start_of(&job.x, &t, _), dy, &rows, l, 0, like)
     else:
         rows.ahead = 0
         for c from 0 <= c < job.C by STRIP:
@@ -204,7 +217,7 @@ cdef Py_ssize_t sum_rows(const Task *task, const Span *whole, const Lanes *l, co
                     dy = gradient_tile(task, GRID, &t, x, &strip, like)
                 rows.lanes = rows.row = rows.dyrow = t.lanes
                 count += rows.rows
-                add_positions(job, x, dy, &rows, l, c, like)
+                add_in(job, x, dy, &rows, l, c, like)
                 t.s += t.rows
     for i in range(1, fold_of(job)):
         for c in range(job.C):
@@ -330,7 +343,7 @@ cdef bint rows_moments(const Task *task, const Span *whole, const stored *_, vec
     """The moments of a chunk, of the groups that are not known yet; returns whether float32 carried all."""
     cdef const Job *job = task.job
     cdef double *found = task.found
-    cdef Lanes l = lanes_from(job, task.scratch, lane_array(job, task.scratch, 0), 1)
+    cdef Lanes l = lanes_from(job, task.scratch, vec is doubles, lane_array(job, task.scratch, 0), 1)
     cdef Py_ssize_t g, count
     cdef bint ok = True
     sample_pivots(job, whole, task.scratch, l.pivot, _, like)
@@ -461,7 +474,12 @@ cdef bint sums_chunk(const Task *task, const Span *whole, double *sums, const st
     cdef double mean
     cdef bint ok, all_ok = True
     lane_parameters(task, whole, NULL, &grid, like)
-    l = lanes_from(job, task.scratch, grid.mean, 5)
+    l = lanes_from(job, task.scratch, vec is doubles, grid.mean, 5)
+    if vec is floats and job.K * job.S < FEW:
+        l.wide = True
+        l.pivot = lane_array(job, task.scratch, 9)
+        for c in range(job.C):
+            put(l.pivot, c, (<const float *> grid.mean)[c], gn_all_doubles(0))
     sum_rows(task, whole, &l, &grid, _, like)
     for g in range(job.G):
         c = g * job.K
@@ -486,5 +504,5 @@ cdef void channels_last_sums(const Task *task, const stored *_, vec like) noexce
     cdef Py_ssize_t g
     for g in range(job.G):
         sums[g * job.K] = INFINITY
-    if job.K * job.S < FEW or not sums_chunk(task, &t, sums, _, like):
+    if not sums_chunk(task, &t, sums, _, like):
         sums_chunk(task, &t, sums, <const double *> NULL, gn_all_doubles(0))

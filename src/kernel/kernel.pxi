@@ -28,7 +28,7 @@ include "channels_last.pxi"
 cdef Py_ssize_t doubles_of(const Job *job) noexcept nogil:
     """Of Scratch.channels."""
     if job.channels_last:
-        return 2 * (job.C + LANES) + 9 * lanes_of(job)
+        return 2 * (job.C + LANES) + 10 * lanes_of(job)
     return 2 * SHORT_TILE + 5 * job.unit_groups + LANES if job.S < SHORT else 2 * parameters_of(job) + job.unit_groups + LANES
 
 
