@@ -343,7 +343,8 @@ static inline void gn_stream(void *to, const void *from, size_t bytes) {
     size_t i = (size_t)gn_before_line(to);
     if (i > bytes) i = bytes;
     memcpy(to, from, i);
-    for (; i + GN_BYTES <= bytes; i += GN_BYTES) gn_put((char *)to + i, (const char *)from + i, GN_BYTES, 1);
+    for (; i + 64 <= bytes; i += 64)
+        for (size_t j = i; j < i + 64; j += GN_BYTES) gn_put((char *)to + j, (const char *)from + j, GN_BYTES, 1);
     memcpy((char *)to + i, (const char *)from + i, bytes - i);
 }
 
