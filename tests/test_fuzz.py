@@ -1,6 +1,6 @@
 """Every argument of every function at once, whatever it lies on: python tests/test_fuzz.py --seconds 600
 
-pytest runs what was found once, and a hundred calls more. A `Case` is plain values that all arrays follow from:
+pytest runs what was found once, and a hundred calls more. A `Case` is plain values; arrays follow from them:
 one that fails is made smaller by Hypothesis, can be read, and is pasted above the test as an `@example`. The
 bounds are those of test_fused.py and test_gradient.py. Scales are powers of two, and eps goes with that of x:
 they change no bound.
