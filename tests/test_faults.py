@@ -170,6 +170,25 @@ assert np.array_equal(gn_fast.group_norm(x, 2, weight, **options), y)
 """)  # fmt: skip
 
 
+@linux
+def test_one_thread_starts_none():
+    """The system gives no more threads.
+
+    Provoked: RLIMIT_AS, with less left than the stack of a thread.
+    Result: OpenMP may end the process, with a message, as GCC's does; with one thread none is started, and the
+    call works.
+    """
+    code = """
+import resource
+expected = call(num_threads=1)
+now = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGESIZE")
+resource.setrlimit(resource.RLIMIT_AS, (now + (4 << 20), resource.RLIM_INFINITY))
+assert np.array_equal(call(), expected)
+"""
+    python(code, GN_FAST_NUM_THREADS="1")
+    python(code, OMP_NUM_THREADS="1")
+
+
 # ---- ends and interrupts ---------------------------------------------------------------------------------
 
 
@@ -294,7 +313,7 @@ What can go wrong around a call, how the tests provoke it, and what happens. The
 def rows():
     """Of each test whose docstring tells a fault."""
     for file in sorted((ROOT / "tests").glob("test_*.py")):
-        for node in ast.parse(file.read_text()).body:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
             text = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
             if text and (
                 found := re.fullmatch(r"(.*?)\.\s+Provoked: (.*?)\.\s+Result: (.*?)\.", text, re.DOTALL)
@@ -307,4 +326,4 @@ def page():
 
 
 if __name__ == "__main__":
-    sys.exit(not (ROOT / "docs/faults.md").write_text(page()))
+    sys.exit(not (ROOT / "docs/faults.md").write_text(page(), encoding="utf-8"))
