@@ -117,7 +117,8 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
         num_threads = _thread_count(num_threads, "num_threads")
     if activation is not None:
         job.activation = checked_activation(activation)
-        job.leak = checked_slope(activation, compute_type(job)) if has_slope(activation) else 0.01
+        slope = activation if has_slope(activation) else ("leaky_relu", 0.01)
+        job.leak = checked_slope(slope, compute_type(job))
     if weight is not None:
         w, seen_weight = per_channel(&job.weight, weight, "weight", call, x, out)
     if bias is not None:

@@ -175,7 +175,7 @@ def test_one_thread_starts_none():
     """The system gives no more threads.
 
     Provoked: RLIMIT_AS, with less left than the stack of a thread.
-    Result: OpenMP may end the process, with a message, as GCC's does; with one thread none is started, and the
+    Result: OpenMP may end the process, with a message, as GCC's does; with one thread none is started and the
     call works.
     """
     code = """
