@@ -338,7 +338,7 @@ few = settings(max_examples=100, deadline=None, suppress_health_check=list(Healt
 many = settings(few, max_examples=50, database=None, phases=[Phase.generate, Phase.shrink], print_blob=False)
 
 
-# What was found: the slope that is leaky_relu's own was not rounded to float32 where that is computed in float64.
+# What was found: leaky_relu's own slope was not rounded to float32 where that is computed in float64.
 SLOPE_OF_LEAKY_RELU = Case(
     seed=0, dtype="float16", n=1, groups=1, size=1, spatial=(), axis=-1, values="normal", scale=0,
     dy_dtype="float16", dy_scale=0, weight=None, bias=("(C,)", "float64"), residual=None,
