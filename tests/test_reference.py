@@ -314,7 +314,9 @@ def test_nothing_counted_is_count_mean_and_m2_of_zero(shape):
     assert y.shape == shape
     for array in (m.count, m.mean, m.m2, m.var):
         np.testing.assert_array_equal(array, np.zeros((shape[0], 2)))
-    dx, dweight, dbias = reference.group_norm_backward(x, x, 2, np.ones(shape[1]), np.ones(shape[1]))
+    dx, dweight, dbias = reference.group_norm_backward(
+        x, x, 2, np.ones(shape[1]), np.ones(shape[1])
+    )
     assert dx.shape == shape
     np.testing.assert_array_equal([dweight, dbias], np.zeros((2, shape[1])))
 
@@ -325,7 +327,9 @@ def test_a_fully_masked_slab_is_scaled_by_the_root_of_eps():
     y, m = reference.group_norm(x, 2, eps=0.25, mask=mask, return_moments=True)
     np.testing.assert_array_equal(m.count, [[6, 6], [0, 0]])
     np.testing.assert_array_equal(y[1], 2 * x[1])
-    np.testing.assert_array_equal(reference.group_norm_backward(x, x, 2, eps=0.25, mask=mask)[0][1], 2 * x[1])
+    np.testing.assert_array_equal(
+        reference.group_norm_backward(x, x, 2, eps=0.25, mask=mask)[0][1], 2 * x[1]
+    )
 
 
 # ---- what NaN, infinity and eps=0 do -------------------------------------------------------------
@@ -589,7 +593,9 @@ def test_tiles_merge_to_the_whole_in_any_order_and_nesting(offset):
         same(a.merge(b, c, d, e), whole)
     a, b, c, d, e = parts
     same(a.merge(b.merge(c), d.merge(e)), a.merge(b).merge(c).merge(d, e))
-    tiles = [reference.group_norm(x[..., i:j], 2, moments=whole) for i, j in itertools.pairwise(cuts)]
+    tiles = [
+        reference.group_norm(x[..., i:j], 2, moments=whole) for i, j in itertools.pairwise(cuts)
+    ]
     np.testing.assert_array_equal(np.concatenate(tiles, axis=-1), reference.group_norm(x, 2))
 
 
