@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import test_faults
 
 import gn_fast
 from gn_fast import reference
@@ -120,3 +121,8 @@ def test_files_named_are_there(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"`((?:src|gn_fast|tests|docs|benchmarks|\.ci)/[^`<>*]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_page_of_faults_is_that_of_the_tests():
+    page = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    assert page == test_faults.page(), "python tests/test_faults.py writes it"

@@ -331,6 +331,11 @@ def test_subclasses_keep_their_class():
 
 
 def test_outputs_outlive_the_interpreter():
+    """Results outlive the interpreter.
+
+    Provoked: a cycle of objects, sys and NumPy itself hold some as the interpreter ends.
+    Result: it ends well.
+    """
     python("""
 class Late:
     def __init__(self): self.array, self.me = fresh(1024), self
@@ -432,6 +437,11 @@ def test_outputs_live_on_in_a_fork_and_nothing_is_kept_there():
 @forks
 @pytest.mark.usefixtures("crowd")
 def test_a_fork_while_other_threads_allocate():
+    """The process is forked while other threads are in the pool.
+
+    Provoked: forks beside threads that take and give back blocks without the GIL.
+    Result: the child's pool is not locked.
+    """
     x = values(1024)
     expected = gn_fast.group_norm(x, 2)
     for _ in range(50):
@@ -501,6 +511,11 @@ def test_a_call_without_memory_leaves_numpys_handler():
 
 @linux
 def test_what_is_kept_goes_before_memory_is_said_to_be_short():
+    """Memory is short while the pool keeps some.
+
+    Provoked: RLIMIT_AS, with less left than a result needs and more kept.
+    Result: what is kept goes back first; MemoryError only where that is not enough, and arrays are as before.
+    """
     python("""
 import resource
 x, y = np.ones((1, 2, 16 << 20), np.float32), fresh(100 * 1024)

@@ -228,6 +228,11 @@ def test_openmp_is_not_missed_where_one_thread_is_meant(monkeypatch):
 
 @several
 def test_threadpoolctl_limits_ours():
+    """threadpoolctl limits OpenMP.
+
+    Provoked: threadpool_limits(1) and its end.
+    Result: one thread inside, as many as before afterwards.
+    """
     gn_fast.set_num_threads(None)
     before = gn_fast.get_num_threads()
     with threadpool_limits(1, user_api="openmp"):
@@ -238,6 +243,11 @@ def test_threadpoolctl_limits_ours():
 @several
 @linux
 def test_affinity_is_read_afresh():
+    """The process may run on one CPU only.
+
+    Provoked: sched_setaffinity after the import, and its end.
+    Result: one thread, whatever is asked for, and all again afterwards.
+    """
     code = """
 everywhere = os.sched_getaffinity(0)
 os.sched_setaffinity(0, {min(everywhere)})
@@ -309,6 +319,11 @@ NAMED = "1:name=systemd:/box\n0::/box"  # both versions at once, the quota in ve
       f"{TREE}/cpu/box/cpu.cfs_period_us": "50000"}, 2),
 ])  # fmt: skip
 def test_the_cgroup_quota(tmp_path, files, quota):
+    """A cgroup's CPU quota is smaller than the machine, or what the system says of it is nonsense.
+
+    Provoked: files of both versions of cgroups, with quotas, without, cut short, negative and no text.
+    Result: as many threads as the quota has CPUs, rounded up; nonsense limits nothing.
+    """
     assert cpu_quota(system(tmp_path, files)) == quota
 
 
@@ -346,6 +361,11 @@ UNSAID = [
 
 @pytest.mark.parametrize("files", UNSAID)
 def test_cache_sizes_that_the_system_does_not_say(tmp_path, files):
+    """The system does not say its caches' sizes.
+
+    Provoked: files that are absent, empty, 0, negative, of other units and no text.
+    Result: 1 MiB and 32 MiB; only speed depends on them.
+    """
     root = system(tmp_path, files)
     assert (cache_bytes(2, root), cache_bytes(3, root)) == (1 << 20, 32 << 20)
 
@@ -371,12 +391,19 @@ print(cpu_quota(root), cache_bytes(2, root), cache_bytes(3, root), open(os.devnu
 
 # ---- forks and crowds ------------------------------------------------------------------------------------
 
+
 def on_three_threads(x):
     return gn_fast.group_norm(x, 2, num_threads=3)
 
 
 @forks
 def test_a_fork_after_a_parallel_region_works_on(three_processors):
+    """The process is forked after calls on several threads.
+
+    Provoked: forks of it, and a fork of a fork; without a cure, the child waits for threads of OpenMP that it
+    does not have.
+    Result: parent and child compute on, on several threads, with the same bits.
+    """
     x = large()
     expected = on_three_threads(x)
 
@@ -391,6 +418,11 @@ def test_a_fork_after_a_parallel_region_works_on(three_processors):
 
 @forks
 def test_a_fork_while_other_threads_work_does_too(three_processors):
+    """The process is forked while other Python threads are in calls.
+
+    Provoked: ten forks beside two threads that call all the time.
+    Result: parent and children compute on, with the same bits.
+    """
     x = large()
     expected = on_three_threads(x)
     done = threading.Event()
@@ -414,6 +446,11 @@ def test_a_fork_while_other_threads_work_does_too(three_processors):
 
 @forks
 def test_a_pool_of_forked_processes_works(three_processors):
+    """Forked workers of multiprocessing compute.
+
+    Provoked: a pool of two by fork, after calls on several threads in the parent.
+    Result: the same bits.
+    """
     arrays = [large(seed) for seed in range(4)]
     expected = [on_three_threads(x) for x in arrays]
     with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -423,6 +460,11 @@ def test_a_pool_of_forked_processes_works(three_processors):
 
 
 def test_many_python_threads_at_once(three_processors):
+    """Many Python threads call at once, on several threads each.
+
+    Provoked: eight that start together, 20 calls each, on one to three threads.
+    Result: the same bits.
+    """
     arrays = [large(seed) for seed in range(8)]
     expected = [gn_fast.group_norm(x, 2, num_threads=1) for x in arrays]
     start = threading.Barrier(len(arrays))
