@@ -49,7 +49,7 @@ def problem(shape, num_groups, dtype, layout, seed=0, options=OPTIONS):
     n, c, *spatial = shape
     x = in_layout(normal(rng, shape, dtype, mean=3.0), layout)
     every = {
-        "weight": normal(rng, c, dtype),
+        "weight": normal(rng, (c,), dtype),
         "bias": normal(rng, (n, c), dtype),
         "residual": in_layout(normal(rng, shape, dtype), layout),
         "mask": rng.random((n, 1, *spatial)) < 0.8,
