@@ -37,7 +37,7 @@ SMALL = [
     for run in (*range(1, 41), 47, 64, 65, 200, 513)
     for channels, num_groups in ((3, 3), (15, 3), (7 * (520 // (2 * run) * 2 + 1), 7))
 ]
-# From 32768 values on, which threads share; a piece has 256 values, a tile 1536, a block 4096, a chunk 65536.
+# From 32768 values on, which threads share; a piece has 256 values, a tile 1792, a block 4096, a chunk 65536.
 LARGE = [((3, 15, 47, 53), 3), ((1, 1, 150_001), 1), ((1, 5, 40_009), 1), ((1, 21, 83, 41), 7),
          ((2, 515, 7, 9), 5), ((3, 1029, 4, 3), 7), ((33, 1029), 7)]  # fmt: skip
 

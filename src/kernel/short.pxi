@@ -140,7 +140,7 @@ cdef inline bint all_ready(const Job *job, const Short *p, const View *other, co
 
 cdef inline bint short_carried(const Short *p, Py_ssize_t g, bint sloped) noexcept nogil:
     return comfortable(p.mean[g]) and comfortable(p.rstd[g]) and (
-        not sloped or (2.0 ** -40 < p.rstd[g] < 2.0 ** 40 and comfortable(p.slope[g])))
+        not sloped or (sums_carried(p.rstd[g], p.mean[g]) and comfortable(p.slope[g])))
 
 
 cdef inline void widen_group(Short *p, const double *known, Py_ssize_t g, const double *slopes) noexcept nogil:
