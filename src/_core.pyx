@@ -138,7 +138,7 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     w, b, alive, num_threads, statistics = read_options(  # arrays named here stay alive until the end
         &call, a, weight, bias, eps, residual, activation, mask, moments, out, num_threads)
     if statistics is None:
-        add_pass(&call, &kernel.moments)
+        add_pass(&call, &call.plan.kernel.moments)
         if return_moments:
             statistics = empty_moments(job)
             use_moments(job, statistics)
@@ -151,8 +151,8 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
     if y is None:
         y = fresh_like(a)
     see_output(job, &job.y, y, call.axis)
-    add_pass(&call, &kernel.affine)
-    parameters = settle_types(job)
+    add_pass(&call, &call.plan.kernel.affine)
+    parameters = settle_types(&call)
     run(&call.plan, num_threads)
     result = finished(x, y, out)
     return (result, moments or statistics) if return_moments else result
@@ -197,7 +197,7 @@ def group_moments(x, num_groups, *, axis=1, mask=None, num_threads=None):
     w, b, alive, num_threads, _ = read_options(&call, a, None, None, 0.0, None, None, mask, None, None, num_threads)
     statistics = empty_moments(&call.job)
     use_moments(&call.job, statistics)
-    add_pass(&call, &kernel.moments)
+    add_pass(&call, &call.plan.kernel.moments)
     call.job.work = call.job.x.storage
     run(&call.plan, num_threads)
     return statistics
@@ -293,7 +293,7 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     if sums is not None:
         sums = checked_sums(job, sums, statistics)
     if statistics is None:
-        add_pass(&call, &kernel.moments)
+        add_pass(&call, &call.plan.kernel.moments)
     # A result that is yet to be wrapped as x's own type may still fail: out is then written last.
     if out is not None and cnp.PyArray_ISBEHAVED(out) and (residual is None or not has_own_type(x)):
         dx = out
@@ -305,8 +305,8 @@ def group_norm_backward(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
         see_output(job, &job.dresidual, dresidual, call.axis)
     each = has_rows(&job.weight) or has_rows(&job.bias)
     dweight, dbias = find_sums(&call, 1 if each else samples_together(job)) if sums is None else take_sums(&call, sums)
-    add_pass(&call, &kernel.gradient)
-    parameters = settle_types(job)
+    add_pass(&call, &call.plan.kernel.gradient)
+    parameters = settle_types(&call)
     run(&call.plan, num_threads)
     dweight, dbias = summed(dweight, w, &job.weight, job), summed(dbias, b, &job.bias, job)
     if residual is None:
@@ -386,10 +386,10 @@ def group_gradient_sums(dy, x, num_groups, weight=None, bias=None, eps=1e-5, *, 
     w, b, alive, num_threads, statistics = read_options(
         &call, a, weight, bias, eps, residual, activation, mask, moments, None, num_threads)
     if statistics is None:
-        add_pass(&call, &kernel.moments)
+        add_pass(&call, &call.plan.kernel.moments)
     dweight, dbias = find_sums(&call, 1)
     job.y = job.x  # nothing is written, but tiles are as long as those of dx
-    parameters = settle_types(job)
+    parameters = settle_types(&call)
     run(&call.plan, num_threads)
     return GradientSums._trusted(dweight, dbias) if job.N * job.C else GradientSums.zeros(job.N, job.C)
 

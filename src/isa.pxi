@@ -8,8 +8,11 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 
 cdef extern from "threads.h" nogil:
     int gn_x86_64_level()
+    void *gn_load(void **word)
+    void gn_store(void **word, void *value)
 
-cdef Kernel *kernel = NULL  # a word, written at once; what it points to never changes after its module is imported
+# Read once by each call, as another thread may set another; what it points to never changes.
+cdef void *kernel_in_use = NULL
 _isa = None
 _isa_lock = threading.Lock()  # so that they name the same one
 
@@ -34,10 +37,10 @@ def isa_levels():
 
 
 def _set_isa(level):
-    global kernel, _isa
+    global _isa
     module = __import__(f"gn_fast._kernel_{level}", fromlist=["KERNEL"])
     with _isa_lock:
-        kernel = <Kernel *> PyCapsule_GetPointer(module.KERNEL, "gn_fast.kernel")
+        gn_store(&kernel_in_use, PyCapsule_GetPointer(module.KERNEL, "gn_fast.kernel"))
         _isa = level
 
 

@@ -25,6 +25,7 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
     job.unit_groups = job.units = job.chunks = job.pieces = job.block = 1
     view_x(job, a, num_groups, axis, &call.axis)
     call.plan.job = job
+    call.plan.kernel = <const Kernel *> gn_load(&kernel_in_use)
     call.plan.count = 0
     call.plan.size = 4 * job.unit_groups
     return a
@@ -130,7 +131,7 @@ cdef tuple read_options(Call *call, cnp.ndarray x, weight, bias, eps, residual, 
     if moments is not None:
         moments = checked_moments(job, moments, out)
         use_moments(job, moments)
-        add_pass(call, &kernel.given)
+        add_pass(call, &call.plan.kernel.given)
     return w, b, (r, m, seen_weight, seen_bias), num_threads, moments
 
 
@@ -174,7 +175,7 @@ cdef tuple find_sums(Call *call, Py_ssize_t block):
     cdef Job *job = &call.job
     job.block = block
     blocks = max(1, (job.N + block - 1) // block)
-    add_pass(call, &kernel.sums)
+    add_pass(call, &call.plan.kernel.sums)
     return use_sums(call, fresh_zeros(blocks, max(1, job.C)), fresh_zeros(blocks, max(1, job.C)))
 
 
@@ -185,7 +186,7 @@ cdef tuple take_sums(Call *call, sums):
     dweight, dbias = fresh_zeros(max(1, job.N), max(1, job.C)), fresh_zeros(max(1, job.N), max(1, job.C))
     (<object> dweight)[:job.N, :job.C] = sums.dweight
     (<object> dbias)[:job.N, :job.C] = sums.dbias
-    add_pass(call, &kernel.given_sums)
+    add_pass(call, &call.plan.kernel.given_sums)
     return use_sums(call, dweight, dbias)
 
 
@@ -197,9 +198,10 @@ cdef tuple use_sums(Call *call, cnp.ndarray dweight, cnp.ndarray dbias):
     return dweight, dbias
 
 
-cdef settle_types(Job *job):
+cdef settle_types(Call *call):
     """Choose the type that a tile holds, and give short channels a weight and a bias for each value; the caller keeps
     what is returned alive."""
+    cdef Job *job = &call.job
     cdef cnp.ndarray weights = None, biases = None
     cdef Py_ssize_t values = job.C * job.S
     cdef bint gradient = job.dy.data != NULL, short = job.S < SHORT and not job.channels_last
@@ -207,7 +209,7 @@ cdef settle_types(Job *job):
     if (not (in_type(&job.residual, job.work) and in_type(&job.dy, job.work) and in_type(&job.dresidual, job.work))
             or (gradient and (job.activation != IDENTITY or job.mask.data != NULL or job.residual.data != NULL))):
         job.work = compute_type(job)
-    if short and not kernel.weights_carried(job):
+    if short and not call.plan.kernel.weights_carried(job):
         job.work = FLOAT64
     if short and values:
         number = cnp.NPY_DOUBLE if job.work == FLOAT64 else cnp.NPY_FLOAT
@@ -215,8 +217,8 @@ cdef settle_types(Job *job):
             weights = empty_row(expanded_size(job, &job.weight), number)
         if not each_has_its_own(job, &job.bias):
             biases = empty_row(expanded_size(job, &job.bias), number)
-        kernel.expand(job, NULL if weights is None else cnp.PyArray_DATA(weights),
-                      NULL if biases is None else cnp.PyArray_DATA(biases))
+        call.plan.kernel.expand(job, NULL if weights is None else cnp.PyArray_DATA(weights),
+                                NULL if biases is None else cnp.PyArray_DATA(biases))
     return weights, biases
 
 

@@ -4,11 +4,13 @@
 #define GN_FAST_THREADS_H
 
 #include <stdint.h>
+#include <stdlib.h>
 
 #include "ieee.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#define GN_PTHREADS 1
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -24,10 +26,44 @@ static inline int omp_get_max_threads(void) { return 1; }
 static inline int omp_get_num_procs(void) { return 1; }
 #endif
 
+/* A word that threads read and replace, whole, without a lock. */
+static inline void *gn_load(void **word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
+static inline void gn_store(void **word, void *value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+
+/* Where the system refuses a thread, OpenMP's libraries end the process.  So before they start more for a thread that
+   calls than they did before (each caller has workers of its own), as many are started here, at once, and end. */
+#if GN_OPENMP && defined(GN_PTHREADS)
+static _Thread_local int gn_started = 1;
+static void *gn_wait(void *gate) {
+    pthread_mutex_lock((pthread_mutex_t *)gate);
+    pthread_mutex_unlock((pthread_mutex_t *)gate);
+    return NULL;
+}
+static int gn_can_start(int threads) { /* threads - gn_started of them, each waiting for the gate */
+    pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
+    int wanted = threads - gn_started, count = 0, i;
+    pthread_t *each = wanted > 0 ? (pthread_t *)malloc((size_t)wanted * sizeof(pthread_t)) : NULL;
+    if (wanted <= 0) return 1;
+    if (!each) return 0;
+    pthread_mutex_lock(&gate);
+    while (count < wanted && !pthread_create(&each[count], NULL, gn_wait, &gate)) count++;
+    pthread_mutex_unlock(&gate);
+    for (i = 0; i < count; i++) pthread_join(each[i], NULL);
+    free(each);
+    if (count == wanted) gn_started = threads;
+    return count == wanted;
+}
+#else
+static inline int gn_can_start(int threads) { (void)threads; return 1; }
+#endif
+
 /* libgomp's worker threads do not survive a fork, and a child that opens a parallel region waits for them
    for ever.  Releasing the workers before every fork (they are started again on demand) cures it. */
-#if defined(_OPENMP) && (_OPENMP >= 201811 || __GNUC__ >= 9) && (defined(__unix__) || defined(__APPLE__))
-static void gn_release_workers(void) { omp_pause_resource_all(omp_pause_soft); }
+#if GN_OPENMP && (GN_OPENMP >= 201811 || __GNUC__ >= 9) && defined(GN_PTHREADS)
+static void gn_release_workers(void) {
+    omp_pause_resource_all(omp_pause_soft);
+    gn_started = 1;
+}
 static inline int gn_survive_fork(void) { return pthread_atfork(gn_release_workers, NULL, NULL); }
 #else
 static inline int gn_survive_fork(void) { return 0; }

@@ -21,6 +21,7 @@ from gn_fast.machine import cache_bytes, cpu_quota
 cdef extern from "threads.h" nogil:
     int GN_OPENMP
     int gn_survive_fork()
+    bint gn_can_start(int threads)
     unsigned gn_mode()
     unsigned gn_enter_mode(unsigned mode)
     void gn_leave(unsigned mode)
@@ -186,6 +187,7 @@ cdef enum:
 
 cdef struct Plan:
     Job *job
+    const Kernel *kernel  # the same from the first decision to the last
     Pass passes[MAX_PASSES]
     int count
     int threads
@@ -203,7 +205,7 @@ cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
     cdef Py_ssize_t per_sample = job.units // job.N, items = (job.N + job.block - 1) // job.block * per_sample, k, n, stop
     cdef Py_ssize_t first = thread * items // plan.threads, last = (thread + 1) * items // plan.threads, begin, end
     cdef unsigned before = gn_enter_mode(plan.mode)
-    cdef Scratch scratch = kernel.scratch_of(job, plan.scratch + thread * plan.scratch_bytes)
+    cdef Scratch scratch = plan.kernel.scratch_of(job, plan.scratch + thread * plan.scratch_bytes)
     if job.block == 1:  # units in order
         work_on_units(plan, first, last, thread, &scratch)
     else:
@@ -258,7 +260,7 @@ cdef void work_on_unit(const Plan *plan, int i, Py_ssize_t unit, double *known, 
 
 cdef void work_together(const Plan *plan) noexcept nogil:
     """One unit after the other, its chunks shared by the threads."""
-    cdef Scratch scratch = kernel.scratch_of(plan.job, plan.scratch)
+    cdef Scratch scratch = plan.kernel.scratch_of(plan.job, plan.scratch)
     cdef Py_ssize_t unit, k
     cdef int i, thread
     for unit in range(plan.job.units):
@@ -279,7 +281,7 @@ cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept n
     cdef Py_ssize_t first = thread * plan.job.chunks // plan.threads, k, chunk
     cdef Py_ssize_t last = (thread + 1) * plan.job.chunks // plan.threads - 1
     cdef unsigned before = gn_enter_mode(plan.mode)
-    cdef Scratch scratch = kernel.scratch_of(plan.job, plan.scratch + thread * plan.scratch_bytes)
+    cdef Scratch scratch = plan.kernel.scratch_of(plan.job, plan.scratch + thread * plan.scratch_bytes)
     cdef Task task = Task(plan.job, unit, 0, plan.found, NULL, &scratch)
     for k in range(last - first + 1):
         chunk = last - k if i % 2 else first + k
@@ -340,10 +342,15 @@ cdef int run(Plan *plan, wanted_threads) except -1:
             _miss_openmp(wanted_threads)
         plan.threads = min(<Py_ssize_t> _resolve_threads(wanted_threads), job.units * job.chunks)
     together = share_units(plan, unit_bytes)
+    if plan.threads > 1 and not gn_can_start(plan.threads):
+        _warn(f"the system refuses gn_fast {plan.threads - 1} more threads: this call runs on one, as all do with "
+              "GN_FAST_NUM_THREADS=1")
+        plan.threads = 1
+        together = False
     plan.batch = units_together(plan, unit_bytes)
     job.ahead = bytes_ahead(plan, unit_bytes, together)
     plan.mode = gn_mode()
-    plan.scratch_bytes = kernel.scratch_bytes(job)
+    plan.scratch_bytes = plan.kernel.scratch_bytes(job)
     found = (job.chunks if together else plan.threads * (plan.batch + 1)) * plan.size * <Py_ssize_t> sizeof(double) + 63 & ~63
     plan.scratch = <char *> PyMem_RawMalloc(plan.threads * plan.scratch_bytes + found + 64)
     if plan.scratch == NULL:
