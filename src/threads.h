@@ -10,6 +10,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <sched.h>
 #define GN_PTHREADS 1
 #endif
 #if defined(__x86_64__)
@@ -23,8 +24,28 @@
 #else
 #define GN_OPENMP 0
 static inline int omp_get_max_threads(void) { return 1; }
-static inline int omp_get_num_procs(void) { return 1; }
 #endif
+
+/* How many CPUs the process may run on now: libomp's omp_get_num_procs knows how many there were at first. */
+static inline int gn_processors(void) {
+#if GN_OPENMP && defined(__linux__)
+    cpu_set_t cpus;
+    if (!sched_getaffinity(0, sizeof cpus, &cpus)) return CPU_COUNT(&cpus);
+#endif
+#if GN_OPENMP
+    return omp_get_num_procs();
+#else
+    return 1;
+#endif
+}
+
+/* The one parallel loop. Cython's prange would also write the last value of its variable to the caller's. */
+static inline void gn_share(int threads, void (*work)(const void *plan, int thread), const void *plan) {
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+#endif
+    for (int thread = 0; thread < threads; thread++) work(plan, thread);
+}
 
 /* A word that threads read and replace, whole, without a lock. */
 static inline void *gn_load(void **word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }

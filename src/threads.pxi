@@ -13,7 +13,6 @@ import sys
 import warnings
 
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from cython.parallel cimport prange
 from libc.string cimport memset
 
 from gn_fast.machine import cache_bytes, cpu_quota
@@ -26,7 +25,8 @@ cdef extern from "threads.h" nogil:
     unsigned gn_enter_mode(unsigned mode)
     void gn_leave(unsigned mode)
     int omp_get_max_threads()
-    int omp_get_num_procs()
+    int gn_processors()
+    void gn_share(int threads, void (*work)(const void *plan, int thread) noexcept nogil, const void *plan)
 
 gn_survive_fork()
 cdef Py_ssize_t L2_BYTES = cache_bytes(2)
@@ -86,7 +86,7 @@ _openmp_is_missed = not GN_OPENMP  # until it is said
 
 def _processors():
     """How many CPUs this process may use at once: its affinity, read afresh, and its quota."""
-    return min(omp_get_num_procs(), _quota)
+    return min(gn_processors(), _quota)
 
 
 def get_num_threads():
@@ -199,8 +199,9 @@ cdef struct Plan:
     Py_ssize_t scratch_bytes
 
 
-cdef void work_alone(const Plan *plan, int thread) noexcept nogil:
+cdef void work_alone(const void *whole, int thread) noexcept nogil:
     """A thread's share of the units: some units of some blocks of samples."""
+    cdef const Plan *plan = <const Plan *> whole
     cdef const Job *job = plan.job
     cdef Py_ssize_t per_sample = job.units // job.N, items = (job.N + job.block - 1) // job.block * per_sample, k, n, stop
     cdef Py_ssize_t first = thread * items // plan.threads, last = (thread + 1) * items // plan.threads, begin, end
@@ -258,17 +259,24 @@ cdef void work_on_unit(const Plan *plan, int i, Py_ssize_t unit, double *known, 
         p.settle(plan.job, unit, known, scratch)
 
 
+cdef struct Sweep:  # a pass over the chunks of one unit
+    const Plan *plan
+    int i
+    Py_ssize_t unit
+
+
 cdef void work_together(const Plan *plan) noexcept nogil:
     """One unit after the other, its chunks shared by the threads."""
     cdef Scratch scratch = plan.kernel.scratch_of(plan.job, plan.scratch)
+    cdef Sweep s
     cdef Py_ssize_t unit, k
-    cdef int i, thread
+    cdef int i
     for unit in range(plan.job.units):
         memset(plan.found, 0, plan.job.chunks * plan.size * sizeof(double))
         for i in range(plan.count):
             if plan.passes[i].stage != NULL:
-                for thread in prange(plan.threads, num_threads=plan.threads, schedule="static", chunksize=1):
-                    sweep(plan, i, unit, thread)
+                s = Sweep(plan, i, unit)
+                gn_share(plan.threads, sweep, &s)
             if plan.passes[i].merge != NULL:
                 for k in range(1, plan.job.chunks):
                     plan.passes[i].merge(plan.job, plan.found, plan.found + k * plan.size)
@@ -276,8 +284,11 @@ cdef void work_together(const Plan *plan) noexcept nogil:
                 plan.passes[i].settle(plan.job, unit, plan.found, &scratch)
 
 
-cdef void sweep(const Plan *plan, int i, Py_ssize_t unit, int thread) noexcept nogil:
+cdef void sweep(const void *s, int thread) noexcept nogil:
     """A thread's chunks, every other pass backwards: the end of the last one is still in its cache."""
+    cdef const Plan *plan = (<const Sweep *> s).plan
+    cdef Py_ssize_t unit = (<const Sweep *> s).unit
+    cdef int i = (<const Sweep *> s).i
     cdef Py_ssize_t first = thread * plan.job.chunks // plan.threads, k, chunk
     cdef Py_ssize_t last = (thread + 1) * plan.job.chunks // plan.threads - 1
     cdef unsigned before = gn_enter_mode(plan.mode)
@@ -332,7 +343,6 @@ cdef int run(Plan *plan, wanted_threads) except -1:
     cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes, found
     cdef Py_ssize_t memory
     cdef bint together
-    cdef int thread
     if values == 0:
         return 0
     unit_bytes = values // job.units * job.x.itemsize
@@ -364,7 +374,6 @@ cdef int run(Plan *plan, wanted_threads) except -1:
         elif plan.threads == 1:
             work_alone(plan, 0)
         else:
-            for thread in prange(plan.threads, num_threads=plan.threads, schedule="static", chunksize=1):
-                work_alone(plan, thread)
+            gn_share(plan.threads, work_alone, plan)
         PyMem_RawFree(<void *> memory)
     return 0

@@ -77,20 +77,34 @@ cdef void narrow(Storage storage, const real *tile, void *memory, Py_ssize_t n) 
 
 # Values move in the type they have: another of the same size would break C's aliasing rule.
 
-cdef void gather(const char *p, Py_ssize_t stride, Py_ssize_t size, void *packet, Py_ssize_t n) noexcept nogil:
+ctypedef fused word:  # of so many bytes, whatever is in it
+    float
+    double
+    uint16_t
+    uint8_t
+
+
+cdef inline void gather_words(const char *p, Py_ssize_t stride, word *packet, Py_ssize_t n) noexcept nogil:
+    cdef word one = (<const word *> p)[0]
     cdef Py_ssize_t j
-    if size == 4:
+    if stride == 0:  # a loop of its own, as compilers make vectors of it
         for j in range(n):
-            (<float *> packet)[j] = (<const float *> (p + j * stride))[0]
-    elif size == 8:
-        for j in range(n):
-            (<double *> packet)[j] = (<const double *> (p + j * stride))[0]
-    elif size == 2:
-        for j in range(n):
-            (<uint16_t *> packet)[j] = (<const uint16_t *> (p + j * stride))[0]
+            packet[j] = one
     else:
         for j in range(n):
-            (<uint8_t *> packet)[j] = (<const uint8_t *> (p + j * stride))[0]
+            packet[j] = (<const word *> (p + j * stride))[0]
+
+
+cdef void gather(const char *p, Py_ssize_t stride, Py_ssize_t size, void *packet, Py_ssize_t n) noexcept nogil:
+    """Some values, at least one."""
+    if size == 4:
+        gather_words(p, stride, <float *> packet, n)
+    elif size == 8:
+        gather_words(p, stride, <double *> packet, n)
+    elif size == 2:
+        gather_words(p, stride, <uint16_t *> packet, n)
+    else:
+        gather_words(p, stride, <uint8_t *> packet, n)
 
 
 cdef void scatter(const void *packet, Py_ssize_t size, char *p, Py_ssize_t stride, Py_ssize_t n) noexcept nogil:
