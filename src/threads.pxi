@@ -29,6 +29,7 @@ cdef extern from "threads.h" nogil:
     void gn_share(int threads, void (*work)(const void *plan, int thread) noexcept nogil, const void *plan)
 
 gn_survive_fork()
+omp_get_max_threads()  # libomp takes the processors of its first call for all that there may be
 cdef Py_ssize_t L2_BYTES = cache_bytes(2)
 cdef Py_ssize_t LAST_LEVEL_BYTES = cache_bytes(3)
 
