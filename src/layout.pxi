@@ -63,6 +63,15 @@ cdef cnp.ndarray copied(cnp.ndarray a, dtype):
     return np.broadcast_to(core.astype(dtype), shape_of(a))
 
 
+cdef void leave_out(View *v) noexcept:
+    """An absent array, whose addresses may be computed like those of any other."""
+    v.data = NULL
+    v.storage = FLOAT32
+    v.itemsize = v.sample_stride = v.channel_stride = v.stride[0] = 0
+    v.shape[0] = v.ndim = 1
+    v.streamed = False
+
+
 cdef int see_output(Job *job, View *v, cnp.ndarray a, int axis) except -1:
     """An output, streamed if it is larger than the last level cache."""
     view(v, a, axis)

@@ -15,8 +15,13 @@ cdef cnp.ndarray open_call(Call *call, x, num_groups, axis):
     """x as an array; the call gets its shape, strides and walk."""
     cdef cnp.ndarray a = as_array(x, "x")
     cdef Job *job = &call.job
-    job.weight.data = job.bias.data = job.residual.data = job.mask.data = job.dy.data = job.dresidual.data = NULL
-    job.weight.storage = job.bias.storage = FLOAT32
+    leave_out(&job.y)
+    leave_out(&job.weight)
+    leave_out(&job.bias)
+    leave_out(&job.residual)
+    leave_out(&job.mask)
+    leave_out(&job.dy)
+    leave_out(&job.dresidual)
     job.count = NULL
     job.mean = job.m2 = NULL
     job.activation = IDENTITY
