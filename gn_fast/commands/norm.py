@@ -348,17 +348,22 @@ def _checked(
 
 
 def _opened(path: Path, bfloat16: bool, files: contextlib.ExitStack) -> tuple[BufferedReader, Header]:
-    if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a pipe waits for who writes to it
-        raise ValueError("it is no regular file")
+    _check_regular(path)
     file = files.enter_context(path.open("rb"))
     return file, read_header(file, bfloat16)
 
 
+def _check_regular(path: Path) -> None:
+    if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a pipe waits for who writes to it
+        raise ValueError("it is no regular file")
+
+
 def _parameters(path: Path, bfloat16: bool) -> dict[str, Array]:
+    _check_regular(path)
+    if not zipfile.is_zipfile(path):  # np.load would also read other files, and large ones
+        raise ValueError("it is no archive as np.savez makes")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is no archive of np.savez")
             unknown = sorted(set(archive) - {"weight", "bias"})
             if unknown or not archive:
                 raise ValueError(
