@@ -18,6 +18,7 @@ _Activation: TypeAlias = (
 )
 _Gradient: TypeAlias = NDArray[Any] | Any  # None where the argument is: the caller knows, and need not ask
 
+
 @overload
 def group_norm(
     x: ArrayLike,
