@@ -274,10 +274,12 @@ def test_it_says_nothing_in_a_pipe(tmp_path, features):
     assert gn_fast_("norm", features, tmp_path / "y.npy", "--groups", 2) == (0, "", "")
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 5), (3, 4, 0), (0, 4), (2, 4)])
+@pytest.mark.parametrize("shape", [(0, 4, 5), (3, 4, 0), (2, 0, 3), (0, 4), (2, 4)])
 def test_arrays_of_few_values_and_none(tmp_path, shape):
     x = saved(tmp_path / "x.npy", np.ones(shape))
-    assert gn_fast_("norm", x, tmp_path / "y.npy", "--groups", 2) == (0, "", "")
+    np.savez(tmp_path / "w.npz", weight=np.ones(shape[:2]), bias=np.zeros(shape[1]))
+    weights = ["--weights", tmp_path / "w.npz"]
+    assert gn_fast_("norm", x, tmp_path / "y.npy", "--groups", 2, *weights) == (0, "", "")
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), np.zeros(shape))
 
 
@@ -431,6 +433,8 @@ def test_memory_that_is_too_little_is_refused_with_what_is_enough(tmp_path):
         ([f"--groups={10**30}"], ["--groups"]),
         (["--groups=2", "--axis=0"], ["--axis"]),
         (["--groups=2", "--axis=4"], ["--axis", "4"]),
+        (["--groups=2", f"--axis={10**30}"], ["--axis"]),
+        (["--groups=2", "--memory=0"], ["--memory"]),
         (["--groups=2", "--eps=nan"], ["--eps", "nan"]),
         (["--groups=2", "--eps=-1"], ["--eps", "-1"]),
         (["--groups=2", "--activation=softmax"], ["--activation", "softmax"]),
@@ -562,11 +566,27 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, features, number, fo
     with process(*arguments, code=SLOW.format(seconds=60)) as running:
         wait_for_temporary(tmp_path, running)
         running.send_signal(number)
-        running.send_signal(number)
         out, err = running.communicate(timeout=60)
     assert (running.returncode, out, err) == (128 + number, "", "")
     assert sorted(tmp_path.iterdir()) == before
     assert not force or (tmp_path / "y.npy").read_bytes() == b"mine"
+
+
+def test_a_second_ctrl_c_does_not_disturb_what_the_first_began(tmp_path, features):
+    slow_removal = """
+import pathlib, time
+unlink = pathlib.Path.unlink
+pathlib.Path.unlink = lambda *a, **k: (print("removing", flush=True), time.sleep(1), unlink(*a, **k))
+"""
+    code = slow_removal + SLOW.format(seconds=60)
+    with process("norm", features, tmp_path / "y.npy", "--groups", 2, code=code) as running:
+        wait_for_temporary(tmp_path, running)
+        running.send_signal(signal.SIGINT)
+        assert running.stdout.readline() == "removing\n"
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert (running.returncode, err) == (130, "")
+    assert list(tmp_path.iterdir()) == [features]
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path, features):

@@ -32,9 +32,7 @@ from .npy import Array, Header, Piece, Source, read_header, typed, whole_file, w
 from .terminal import Advance, blamed, number_from_1, progress
 
 MIB = 1 << 20
-PIECE = (
-    64 * MIB
-)  # of more than one sample: larger ones are no faster, and answer Ctrl-C and move the bar later
+PIECE = 64 * MIB  # of samples or a tile: larger ones are no faster, and answer Ctrl-C later
 THREAD = MIB  # a kernel's scratch has at most 350 KiB, and an allocator its own ways
 GROUP = 160  # bytes of a group's moments, of their copies and of what merging them takes, as float64
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -268,10 +266,8 @@ def _part(parameter: Array | None, n: slice, c: slice) -> Array | None:
 
 def _normalize(work: Work, file: BufferedWriter, advance: Advance) -> None:
     """Write the results of all pieces, in their order."""
-    in_samples = (
-        work.x.header.order == "C"
-    )  # a sample's pieces follow each other, and may still be in the cache
-    for _, pieces in itertools.groupby(work.pieces(), lambda piece: in_samples and piece.index[0].start):
+    by_sample = work.x.header.order == "C"  # whose pieces follow each other, and may still be in the cache
+    for _, pieces in itertools.groupby(work.pieces(), lambda piece: by_sample and piece.index[0].start):
         parts = list(pieces)
         work.reserve(parts[0].size)  # no other is larger
         whole = None if work.has_whole_groups(parts[0]) else _merged(work, parts, advance)
@@ -379,7 +375,7 @@ def _rows(parameter: Array | None, channels: int) -> Array | None:
     """A weight or bias that fits as (1, C) or (N, C), if it is no scalar."""
     if parameter is None or parameter.ndim == 0:
         return parameter
-    return parameter.reshape(-1, channels)
+    return parameter.reshape(parameter.size // channels if channels else 1, channels)
 
 
 def _computed(dtype: np.dtype[Any]) -> np.dtype[Any]:

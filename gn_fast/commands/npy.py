@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
-_Order = Literal["C", "F"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Header:
     """What a .npy file says of its array, and where the values begin."""
 
     shape: tuple[int, ...]
-    order: _Order
+    order: Literal["C", "F"]
     dtype: np.dtype[Any]
     offset: int
 
@@ -118,7 +117,7 @@ class Source:
                 np.empty(values * self.header.dtype.itemsize, np.uint8) if self.converted else self.memory
             )
 
-    def read(self, piece: Piece, order: _Order) -> Array:
+    def read(self, piece: Piece, order: Literal["C", "F"]) -> Array:
         """The values of a piece, until the next is read."""
         values = _view(self.memory, self.dtype, piece, order)
         if order != self.header.order:  # they lie scattered in the file: those are mapped
@@ -137,12 +136,14 @@ class Source:
         return values
 
 
-def _view(memory: NDArray[np.uint8], dtype: np.dtype[Any], piece: Piece, order: _Order) -> Array:
+def _view(memory: NDArray[np.uint8], dtype: np.dtype[Any], piece: Piece, order: Literal["C", "F"]) -> Array:
     used = memory[: piece.size * dtype.itemsize]
     return used.view(dtype).reshape(piece.shape, order=order)
 
 
-def write_header(file: BufferedWriter, shape: tuple[int, ...], order: _Order, dtype: np.dtype[Any]) -> None:
+def write_header(
+    file: BufferedWriter, shape: tuple[int, ...], order: Literal["C", "F"], dtype: np.dtype[Any]
+) -> None:
     """Write what `np.save` would."""
     descr = np.lib.format.dtype_to_descr(dtype)
     np.lib.format.write_array_header_1_0(
