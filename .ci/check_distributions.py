@@ -70,7 +70,7 @@ def wrong_in_wheel(path):
         yield f"the modules should be {expected}, not {names}"
     sources = {
         str(each.relative_to(ROOT))
-        for each in (ROOT / "gn_fast").iterdir()
+        for each in (ROOT / "gn_fast").rglob("*")
         if each.suffix in (".py", ".pyi") or each.name == "py.typed"
     }
     yield from (f"{each} is missing" for each in sorted(sources - files))

@@ -9,6 +9,8 @@ import numpy as np
 
 from . import __version__, _core
 
+ABSENT = {"openmp": "none: built without OpenMP, on one thread"}
+
 
 @overload
 def show_config(mode: Literal["stdout"] = "stdout") -> None: ...
@@ -46,10 +48,15 @@ def show_config(mode: str = "stdout") -> dict[str, dict[str, Any]] | None:
     config = {"versions": {"gn_fast": __version__, "numpy": np.__version__}, **_core._config()}
     if mode == "dicts":
         return config
+    print_config(config)
+    return None
+
+
+def print_config(config: dict[str, dict[str, Any]]) -> None:
+    """Print sections and their entries."""
     for section, entries in config.items():
         print(f"{section}:")
         for name, value in entries.items():
-            if name == "openmp" and value is None:
-                value = "none: built without OpenMP, on one thread"
+            if value is None:
+                value = ABSENT.get(name, "none")
             print(f"  {name}: {', '.join(value) if isinstance(value, list) else value}")
-    return None

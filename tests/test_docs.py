@@ -4,11 +4,16 @@ pytest itself runs those of README.md and of the interpreted modules; here are t
 """
 
 import doctest
+import importlib.util
 import inspect
 import re
+import shlex
+import subprocess
+import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_faults
 
@@ -108,6 +113,29 @@ def test_examples_of_a_page_run(page):
     # Without the fences, which doctest would take for expected output.
     examples = "\n".join(content for language, content in blocks(page) if language == "pycon")
     run(doctest.DocTestParser().get_doctest(examples, {}, page.name, str(page), 0))
+
+
+def commands(page):
+    """The lines of gn-fast in a page's blocks."""
+    lines = "".join(content for language, content in blocks(page) if language == "sh").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("gn-fast ")]
+
+
+def test_commands_of_the_command_line_run(tmp_path):
+    x = np.random.default_rng(0).random((4, 64, 20, 12), dtype=np.float32)
+    for name in ("features", "skip", "volume"):
+        np.save(tmp_path / f"{name}.npy", x if name != "volume" else x[:2])
+    np.savez(tmp_path / "weights.npz", weight=x[0, :, 0, 0], bias=x[0, :, 0, 1])
+    shown = commands(ROOT / "docs/command-line.md")
+    assert {command for command, *_ in shown} == {"info", "demo", "bench", "norm"}
+    for command in shown:
+        if "--plot" in command and importlib.util.find_spec("matplotlib") is None:
+            command = command[: command.index("--plot")]
+        if command[0] == "bench":
+            command = [*command, "--seconds=0.1", "--threads=1"]
+        run = [sys.executable, "-m", "gn_fast", *command]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), command
 
 
 @pages

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 import gn_fast
 from gn_fast import reference
 
+from .terminal import one_line
+
 Array = NDArray[Any]
 
 EPS = 1e-5
@@ -25,7 +27,12 @@ SECONDS_OF_TIMING = 1.0
 
 def add_command(commands: Any) -> None:
     """Add `demo` to the subparsers of the command line."""
-    parser = commands.add_parser("demo", help="normalize an array, check the result and time it")
+    parser = commands.add_parser(
+        "demo",
+        help="normalize an array, check the result and time it",
+        description="Show what group normalization does to an array, the classic mistake, and the times.",
+        epilog="example:\n  gn-fast demo --input features.npy --groups 8",
+    )
     parser.add_argument(
         "--input",
         type=Path,
@@ -41,7 +48,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
     try:
         x = _example() if arguments.input is None else _load(arguments.input)
     except (OSError, ValueError, MemoryError) as error:
-        parser.error(f"argument --input: {arguments.input}: {_one_line(error)}")
+        parser.error(f"argument --input: {arguments.input}: {one_line(error)}")
     if groups < 1 or x.shape[1] % groups:
         parser.error(f"argument --groups: {groups} does not divide the {x.shape[1]} channels")
 
@@ -82,11 +89,6 @@ def _load(path: Path) -> Array:
     if x.size == 0:
         raise ValueError(f"the array must not be empty, its shape is {x.shape}")
     return x
-
-
-def _one_line(error: BaseException) -> str:
-    message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(message.split()) or type(error).__name__
 
 
 # ---- what is shown -------------------------------------------------------------------------------
