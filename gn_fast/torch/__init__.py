@@ -1,0 +1,17 @@
+"""The kernel under PyTorch models on CPUs: the same parameters, memory formats, autograd and `torch.compile`.
+
+This file is the list of what is public. What a call does lives in _functional.py, what the registered operators are in
+_operators.py.
+"""
+
+try:
+    import ml_dtypes as _  # NumPy's bfloat16
+    import torch as _
+except ModuleNotFoundError as _error:
+    raise ImportError(
+        f"gn_fast.torch needs {_error.name}, which is not installed: pip install 'gn_fast[torch]'", name=_error.name
+    ) from _error
+
+from ._functional import group_norm
+
+__all__ = ["group_norm"]
