@@ -5,7 +5,7 @@ What is computed, and the checks of what is computed with, live in the compiled 
 
 from collections.abc import Mapping
 from operator import index
-from typing import Any, NamedTuple, SupportsFloat, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -105,7 +105,7 @@ class GroupNorm:
         self,
         num_groups: SupportsIndex,
         num_channels: SupportsIndex,
-        eps: SupportsFloat = 1e-5,
+        eps: float = 1e-5,
         *,
         weight: bool = True,
         bias: bool = True,
@@ -120,7 +120,7 @@ class GroupNorm:
         for name, value in (("weight", weight), ("bias", bias)):
             if not isinstance(value, (bool, np.bool_)):
                 raise TypeError(f"{name} must be True or False, not {value!r}: load_state_dict sets values")
-        # The rest is what group_norm takes, and is shown to it: no samples, in the dimensions that axis needs.
+        # The rest is what group_norm takes, and is shown to it: no samples, in the dimensions of axis.
         shape = [0] + [1] * min(max(self.axis, -self.axis, 1), MAX_DIMS - 1)
         if 0 < abs(self.axis) < MAX_DIMS:
             shape[self.axis] = self.num_channels
@@ -292,7 +292,7 @@ class GroupNorm:
             "activation": self.activation,
             "dtype": self.dtype.name,
         }
-        defaults = {"eps": 1e-5, **GroupNorm.__init__.__kwdefaults__}
+        defaults = {"eps": 1e-5, **(GroupNorm.__init__.__kwdefaults__ or {})}
         others = [f"{name}={value!r}" for name, value in options.items() if value != defaults[name]]
         return f"{type(self).__name__}({', '.join((str(self.num_groups), str(self.num_channels), *others))})"
 
@@ -348,7 +348,7 @@ def _overlap(out: NDArray[Any], value: Any) -> bool:
         return False
     if hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
         value = np.from_dlpack(value)
-    return bool(np.may_share_memory(out, value, max_work=OVERLAP_WORK))
+    return bool(np.may_share_memory(out, value, max_work=OVERLAP_WORK))  # type: ignore[arg-type]
 
 
 def _quoted(names: list[str]) -> str:
