@@ -34,10 +34,12 @@ except ModuleNotFoundError as _error:
     ) from _error
 from .config import show_config
 from .gradient_sums import GradientSums
+from .layer import GroupNorm
 from .moments import Moments
 
 __all__ = [
     "GradientSums",
+    "GroupNorm",
     "Moments",
     "clear_pool",
     "get_num_threads",

@@ -23,7 +23,7 @@ from gn_fast import reference
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PUBLIC = [name for name in gn_fast.__all__ if name != "reference"]
-CLASSES = {"GradientSums": gn_fast.GradientSums, "Moments": gn_fast.Moments}
+CLASSES = {name: getattr(gn_fast, name) for name in ("GradientSums", "GroupNorm", "Moments")}
 FUNCTIONS = [name for name in PUBLIC if name not in CLASSES]
 NOTHING_RETURNED = {"clear_pool", "set_num_threads", "num_threads", "use_isa"}
 
