@@ -12,6 +12,9 @@ except ModuleNotFoundError as _error:
         f"gn_fast.torch needs {_error.name}, which is not installed: pip install 'gn_fast[torch]'", name=_error.name
     ) from _error
 
+from ._accelerate import Report, accelerate, restore
+from ._backend import backend
 from ._functional import group_norm
+from ._module import GroupNorm
 
-__all__ = ["group_norm"]
+__all__ = ["GroupNorm", "Report", "accelerate", "backend", "group_norm", "restore"]

@@ -167,15 +167,18 @@ def _check(
                 )
             if not (t.is_cpu or t.is_meta):
                 raise RuntimeError(f"gn_fast.torch.group_norm works on the CPU: {name} is on {t.device}")
-    if activation is not None and not _is_known(activation):
+    check_activation(activation)
+
+
+def check_activation(activation: Any) -> None:
+    """Raise ValueError unless it is one of those that are known, or None."""
+    if isinstance(activation, tuple):
+        known = len(activation) == 2 and activation[0] == "leaky_relu" and isinstance(activation[1], int | float)
+    else:
+        known = activation is None or (isinstance(activation, str) and activation in _composed.ACTIVATIONS)
+    if not known:
         names = ", ".join(_composed.ACTIVATIONS)
         raise ValueError(f"activation must be one of {names}, ('leaky_relu', slope) or None, not {activation!r}")
-
-
-def _is_known(activation: Any) -> bool:
-    if isinstance(activation, tuple):
-        return len(activation) == 2 and activation[0] == "leaky_relu" and isinstance(activation[1], int | float)
-    return isinstance(activation, str) and activation in _composed.ACTIVATIONS
 
 
 class _GroupNorm(torch.autograd.Function):

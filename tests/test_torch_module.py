@@ -1,0 +1,352 @@
+"""A model that is accelerated is the same model: values, state, copies, and what it was before, if wanted."""
+
+import copy
+import io
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.testing import assert_close  # noqa: E402
+from torch.testing._internal.common_modules import module_db  # noqa: E402
+
+import gn_fast.torch  # noqa: E402
+from gn_fast.torch import accelerate, restore  # noqa: E402
+
+ACTIVATIONS = [
+    nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Mish(), nn.Hardswish(),
+    nn.Sigmoid(), nn.Tanh(),
+]  # fmt: skip
+
+
+def x():
+    return torch.randn(2, 8, 5, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
+
+
+def trained(model):
+    """With parameters that are not ones and zeros."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator))
+    return model
+
+
+# ---- the module ------------------------------------------------------------------------------------------
+
+
+def test_samples_of_pytorch():
+    info = next(info for info in module_db if info.module_cls is nn.GroupNorm)
+    for training in (True, False):
+        for sample in info.module_inputs_func(info, "cpu", torch.float32, True, training):
+            made, given = sample.constructor_input, sample.forward_input
+            ours = gn_fast.torch.GroupNorm(*made.args, **made.kwargs).train(training)
+            theirs = nn.GroupNorm(*made.args, **made.kwargs).train(training)
+            ours.load_state_dict(theirs.state_dict())
+            assert_close(ours(*given.args), theirs(*given.args), rtol=1e-5, atol=1e-5)
+            if sample.reference_fn is not None:
+                sample.reference_fn(ours, list(ours.parameters()), *given.args, **given.kwargs)
+            assert repr(ours) == repr(theirs)
+
+
+def test_an_activation_is_in_the_module():
+    norm = trained(gn_fast.torch.GroupNorm(2, 8, activation="silu"))
+    assert_close(norm(x()), F.silu(F.group_norm(x(), 2, norm.weight, norm.bias)), rtol=1e-5, atol=1e-5)
+    assert repr(norm).endswith("activation='silu')")
+    assert list(norm.state_dict()) == ["weight", "bias"]
+    assert isinstance(norm, nn.GroupNorm)
+    with pytest.raises(ValueError, match="activation must be one of .*, not 'selu'"):
+        gn_fast.torch.GroupNorm(2, 8, activation="selu")
+    with pytest.raises(ValueError, match="divisible"):
+        gn_fast.torch.GroupNorm(3, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_dtypes_move_with_the_module(dtype):
+    norm = gn_fast.torch.GroupNorm(2, 8, dtype=dtype)
+    assert norm(x().to(dtype)).dtype == dtype
+    assert norm.to(torch.float32).weight.dtype == torch.float32
+
+
+# ---- accelerate ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+def test_neighbours_in_a_sequential(activation):
+    model = trained(nn.Sequential(nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), activation, nn.Conv2d(8, 4, 1)))
+    expected, text, state = model(x()), repr(model), copy.deepcopy(model.state_dict())
+    report = accelerate(model)
+    assert (report.replaced, list(report.fused), report.left) == (["1"], ["1"], {})
+    assert_close(model(x()), expected, rtol=1e-5, atol=1e-5)
+    assert list(model.state_dict()) == list(state)
+    assert_close(dict(model.state_dict()), dict(state))
+    restore(model)
+    assert repr(model) == text
+    assert model[2] is activation
+    assert type(model[1]) is nn.GroupNorm
+    assert torch.equal(model(x()), expected)
+
+
+class Block(nn.Module):
+    """As residual blocks are: one activation for two norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(2, 8), nn.GroupNorm(4, 8)
+        self.conv1, self.conv2 = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.act = nn.SiLU()
+
+    def forward(self, x):
+        h = self.conv1(self.act(self.norm1(x)))
+        return x + self.conv2(self.act(self.norm2(h)))
+
+
+class Told(Block):
+    def forward(self, x, embedding=None):
+        h = self.act(self.norm1(x))
+        if embedding is not None:
+            h = h + self.act(embedding)
+        return x + self.conv2(self.act(self.norm2(h)))
+
+
+class Trains(Block):
+    def forward(self, x):
+        h = self.norm1(x)
+        return self.act(h) if self.training else h
+
+
+class SeenTwice(Block):
+    def forward(self, x):
+        h = self.norm1(x)
+        return self.act(h) + h + self.norm2(x)
+
+
+class NormTwice(Block):
+    def forward(self, x):
+        return self.act(self.norm1(x)) + self.conv1(self.norm1(-x))
+
+
+class Depends(Block):
+    def forward(self, x):
+        h = self.norm1(x)
+        return self.act(h) if h.sum() > 0 else h
+
+
+class TwoNames(Block):
+    def __init__(self):
+        super().__init__()
+        self.act2 = self.act
+
+    def forward(self, x):
+        return self.act2(self.norm1(x)) + self.act(self.norm2(x))
+
+
+class Looped(Block):
+    def forward(self, x):
+        for _ in range(2):
+            x = self.act(self.norm1(x))
+        return x
+
+
+class Functional(Block):
+    def forward(self, x):
+        return F.silu(self.norm1(x))
+
+
+class OwnSequential(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.GroupNorm(2, 8), nn.SiLU())
+
+    def forward(self, x):
+        return self[0](x) + self[1](x)
+
+
+@pytest.mark.parametrize(
+    ("make", "fused"),
+    [(Block, ["norm1", "norm2"]), (Told, []), (Trains, []), (SeenTwice, []), (NormTwice, []), (Depends, []), (TwoNames, []),
+     (Looped, []), (Functional, []), (OwnSequential, [])],
+    ids=lambda value: getattr(value, "__name__", None),
+)  # fmt: skip
+def test_what_is_fused_is_certain(make, fused):
+    model = trained(make())
+    inputs = [(x(),), (x(), x())] if isinstance(model, Told) else [(x(),)]
+    expected = [model.train(mode)(*given) for given in inputs for mode in (True, False)]
+    report = accelerate(model)
+    assert sorted(report.fused) == fused, report
+    for e, y in zip(expected, [model.train(mode)(*given) for given in inputs for mode in (True, False)], strict=True):
+        assert_close(y, e, rtol=1e-5, atol=1e-5)
+    restore(model)
+    assert torch.equal(model.train()(*inputs[0]), expected[0])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("hook", ["forward", "forward_pre", "full_backward"])
+def test_hooks_are_kept_and_see_what_they_saw(place, hook):
+    model, seen = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())), []
+    getattr(model[place], f"register_{hook}_hook")(lambda *args: seen.append(args[1:]))
+    def run():
+        seen.clear()
+        model(x().requires_grad_()).sum().backward()
+        return list(seen)
+    expected = run()
+    report = accelerate(model)
+    assert report.replaced == ["0"]
+    assert not report.fused
+    assert "hooks" in report.left["1"]
+    assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_in_two_places_is_not_fused():
+    norm = nn.GroupNorm(2, 8)
+    model = trained(nn.Sequential(norm, nn.SiLU(), nn.Sequential(norm, nn.Conv2d(8, 8, 1))))
+    expected = model(x())
+    report = accelerate(model)
+    assert "several places" in report.left["1"]
+    assert_close(model(x()), expected, rtol=1e-5, atol=1e-5)
+    assert model[0] is model[2][0]
+
+
+def test_an_activation_in_two_places_is_fused_in_one():
+    act = nn.SiLU()
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), act, nn.Conv2d(8, 8, 1), act))
+    expected = model(x())
+    assert list(accelerate(model).fused) == ["0"]
+    assert_close(model(x()), expected, rtol=1e-5, atol=1e-5)
+    restore(model)
+    assert model[1] is model[3] is act
+
+
+def test_the_model_itself_may_be_the_norm():
+    model = nn.GroupNorm(2, 8).eval()
+    report = accelerate(model)
+    assert report.replaced == [""]
+    assert type(model) is not nn.GroupNorm
+    assert not model.training
+    restore(model)
+    assert type(model) is nn.GroupNorm
+
+
+class Special(nn.GroupNorm):
+    def forward(self, input):
+        return super().forward(input) + 1
+
+
+def test_what_is_left_says_why():
+    other = nn.GroupNorm(2, 8)
+    other.forward = lambda input: input
+    model = nn.ModuleDict({"own": Special(2, 8), "patched": other, "script": torch.jit.script(nn.GroupNorm(2, 8)),
+                           "ours": gn_fast.torch.GroupNorm(2, 8)})  # fmt: skip
+    report = accelerate(model)
+    assert report.replaced == []
+    assert "Special" in report.left["own"]
+    assert "forward is another" in report.left["patched"]
+    assert "TorchScript" in report.left["script"]
+    assert "ours" not in report.left
+    assert str(report).startswith("0 replaced")
+    restore(model)
+    assert type(model["ours"]) is gn_fast.torch.GroupNorm
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "save"])
+def test_copies_can_be_restored(way):
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU(), Block()))
+    text = repr(model)
+    expected = model(x())
+    accelerate(model)
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    assert_close(other(x()), expected, rtol=1e-5, atol=1e-5)
+    restore(other)
+    assert repr(other) == text
+    assert torch.equal(other(x()), expected)
+
+
+def test_the_meta_device_and_frozen_parameters():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+    model[0].weight.requires_grad_(False)
+    weight = model[0].weight
+    accelerate(model)
+    assert model[0].weight is weight
+    assert not weight.requires_grad
+    assert model(torch.empty(2, 8, 5, device="meta")).is_meta
+    model.to_empty(device="cpu")
+    assert model(x()).shape == (2, 8, 5, 5)
+
+
+def test_twice_is_once():
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())
+    accelerate(model)
+    assert accelerate(model).replaced == []
+    restore(model)
+    restore(model)
+    assert [type(m) for m in model] == [nn.GroupNorm, nn.SiLU]
+
+
+def test_training_goes_on_after_restore():
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()))
+    accelerate(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(x()).square().sum().backward()
+    optimizer.step()
+    y = model(x())
+    restore(model.eval())
+    assert not model[1].training
+    assert_close(model(x()), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", [accelerate, restore])
+def test_what_is_no_model(call):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not list"):
+        call([nn.GroupNorm(2, 8)])
+
+
+# ---- the backend -----------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 8)
+        self.modules_ = nn.ModuleList(ACTIVATIONS)
+
+    def forward(self, x):
+        for act in self.modules_:
+            x = act(self.norm(x))
+        for act in (torch.relu, F.silu, torch.sigmoid, torch.tanh, F.relu_, F.gelu, F.hardswish, F.mish, F.leaky_relu):
+            x = act(self.norm(x))
+        x = self.norm(x).relu() + F.gelu(F.group_norm(x, num_groups=4, eps=1e-3), approximate="tanh")
+        y = self.norm(x)
+        return F.silu(y) + y
+
+
+@pytest.mark.parametrize("rest", ["eager", "aot_eager"])
+def test_backend(rest):
+    torch._dynamo.reset()
+    model, rewritten = trained(Everything()), []
+    from gn_fast.torch import _backend
+
+    def spy(graph):
+        rewritten.append((rewrite(graph), sum(n.target is gn_fast.torch.group_norm for n in graph.graph.nodes)))
+        assert not any(n.target is F.group_norm for n in graph.graph.nodes)
+    rewrite, _backend.rewrite = _backend.rewrite, spy
+    try:
+        compiled = torch.compile(model, backend=gn_fast.torch.backend, options={"rest": rest}, fullgraph=True)
+        expected, y = model(x()), compiled(x())
+    finally:
+        _backend.rewrite = rewrite
+    assert rewritten == [(21, 22)]
+    assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    parameters = list(model.parameters())
+    assert_close(torch.autograd.grad(y.sum(), parameters), torch.autograd.grad(expected.sum(), parameters),
+                 rtol=1e-3, atol=1e-3)  # fmt: skip
