@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, overload
 
+import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .gradient_sums import GradientSums

@@ -47,9 +47,20 @@ class UNet3D(nn.Module):
 
     def __init__(self, width=8):
         super().__init__()
+
         def block(a, b):
-            return nn.Sequential(*(layer for i in range(2) for layer in (
-                nn.Conv3d(a if i == 0 else b, b, 3, padding=1), nn.GroupNorm(4, b), nn.LeakyReLU(0.01, inplace=True))))
+            return nn.Sequential(
+                *(
+                    layer
+                    for i in range(2)
+                    for layer in (
+                        nn.Conv3d(a if i == 0 else b, b, 3, padding=1),
+                        nn.GroupNorm(4, b),
+                        nn.LeakyReLU(0.01, inplace=True),
+                    )
+                )
+            )
+
         self.down, self.bottom, self.up = block(1, width), block(width, 2 * width), block(3 * width, width)
         self.pool, self.out = nn.MaxPool3d(2), nn.Conv3d(width, 2, 1)
         self.grow = nn.Upsample(scale_factor=2)
@@ -63,8 +74,8 @@ def unet3d():
     return UNet3D(), (torch.randn(1, 1, 12, 12, 12),), lambda y: y
 
 
-# How many activations are fused in the modules, and in dynamo's graph: all but those behind attention's norms. diffusers'
-# residual blocks use one SiLU for the norms and for the embedding, transformers' GELU is a class of its own.
+# How many activations are fused in the modules, and in dynamo's graph: all but those behind attention's norms.
+# diffusers' residual blocks use one SiLU for the norms and for the embedding, transformers' GELU is a class of its own.
 MODELS = {unet: (0, 17), decoder: (1, 13), wav2vec2: (0, 1), unet3d: (6, 6)}
 
 
@@ -92,7 +103,9 @@ def assert_same_step(ours, theirs):
     assert ours[1].keys() == theirs[1].keys()
     for name, gradient in theirs[1].items():
         scale = float(gradient.abs().max())
-        assert_close(ours[1][name], gradient, rtol=0, atol=1e-4 * scale + 1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(
+            ours[1][name], gradient, rtol=0, atol=1e-4 * scale + 1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
@@ -132,7 +145,10 @@ def test_compiled(make, monkeypatch):
     monkeypatch.setattr(_backend, "rewrite", lambda graph: fused.append(rewrite(graph)))
     expected = step(model, inputs, result)
     compiled = torch.compile(model, backend=gn_fast.torch.backend)
-    assert_same_step(step(compiled, inputs, result), {0: expected[0], 1: {f"_orig_mod.{k}": v for k, v in expected[1].items()}})
+    assert_same_step(
+        step(compiled, inputs, result),
+        {0: expected[0], 1: {f"_orig_mod.{k}": v for k, v in expected[1].items()}},
+    )
     assert sum(fused) == MODELS[make][1]
 
 

@@ -17,8 +17,8 @@ import gn_fast.torch  # noqa: E402
 from gn_fast.torch import accelerate, restore  # noqa: E402
 
 ACTIVATIONS = [
-    nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Mish(), nn.Hardswish(),
-    nn.Sigmoid(), nn.Tanh(),
+    nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Mish(),
+    nn.Hardswish(), nn.Sigmoid(), nn.Tanh(),
 ]  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_an_activation_is_in_the_module():
     assert repr(norm).endswith("activation='silu')")
     assert list(norm.state_dict()) == ["weight", "bias"]
     assert isinstance(norm, nn.GroupNorm)
-    with pytest.raises(ValueError, match="activation must be one of .*, not 'selu'"):
+    with pytest.raises(ValueError, match=r"activation must be one of .*, not 'selu'"):
         gn_fast.torch.GroupNorm(2, 8, activation="selu")
     with pytest.raises(ValueError, match="divisible"):
         gn_fast.torch.GroupNorm(3, 8)
@@ -166,8 +166,8 @@ class OwnSequential(nn.Sequential):
 
 @pytest.mark.parametrize(
     ("make", "fused"),
-    [(Block, ["norm1", "norm2"]), (Told, []), (Trains, []), (SeenTwice, []), (NormTwice, []), (Depends, []), (TwoNames, []),
-     (Looped, []), (Functional, []), (OwnSequential, [])],
+    [(Block, ["norm1", "norm2"]), (Told, []), (Trains, []), (SeenTwice, []), (NormTwice, []), (Depends, []),
+     (TwoNames, []), (Looped, []), (Functional, []), (OwnSequential, [])],
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip
 def test_what_is_fused_is_certain(make, fused):
@@ -176,7 +176,9 @@ def test_what_is_fused_is_certain(make, fused):
     expected = [model.train(mode)(*given) for given in inputs for mode in (True, False)]
     report = accelerate(model)
     assert sorted(report.fused) == fused, report
-    for e, y in zip(expected, [model.train(mode)(*given) for given in inputs for mode in (True, False)], strict=True):
+    for e, y in zip(
+        expected, [model.train(mode)(*given) for given in inputs for mode in (True, False)], strict=True
+    ):
         assert_close(y, e, rtol=1e-5, atol=1e-5)
     restore(model)
     assert torch.equal(model.train()(*inputs[0]), expected[0])
@@ -187,10 +189,12 @@ def test_what_is_fused_is_certain(make, fused):
 def test_hooks_are_kept_and_see_what_they_saw(place, hook):
     model, seen = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU())), []
     getattr(model[place], f"register_{hook}_hook")(lambda *args: seen.append(args[1:]))
+
     def run():
         seen.clear()
         model(x().requires_grad_()).sum().backward()
         return list(seen)
+
     expected = run()
     report = accelerate(model)
     assert report.replaced == ["0"]
@@ -323,7 +327,17 @@ class Everything(nn.Module):
     def forward(self, x):
         for act in self.modules_:
             x = act(self.norm(x))
-        for act in (torch.relu, F.silu, torch.sigmoid, torch.tanh, F.relu_, F.gelu, F.hardswish, F.mish, F.leaky_relu):
+        for act in (
+            torch.relu,
+            F.silu,
+            torch.sigmoid,
+            torch.tanh,
+            F.relu_,
+            F.gelu,
+            F.hardswish,
+            F.mish,
+            F.leaky_relu,
+        ):
             x = act(self.norm(x))
         x = self.norm(x).relu() + F.gelu(F.group_norm(x, num_groups=4, eps=1e-3), approximate="tanh")
         y = self.norm(x)
@@ -337,8 +351,11 @@ def test_backend(rest):
     from gn_fast.torch import _backend
 
     def spy(graph):
-        rewritten.append((rewrite(graph), sum(n.target is gn_fast.torch.group_norm for n in graph.graph.nodes)))
+        rewritten.append(
+            (rewrite(graph), sum(n.target is gn_fast.torch.group_norm for n in graph.graph.nodes))
+        )
         assert not any(n.target is F.group_norm for n in graph.graph.nodes)
+
     rewrite, _backend.rewrite = _backend.rewrite, spy
     try:
         compiled = torch.compile(model, backend=gn_fast.torch.backend, options={"rest": rest}, fullgraph=True)

@@ -5,11 +5,12 @@ _operators.py.
 """
 
 try:
-    import ml_dtypes as _  # NumPy's bfloat16
-    import torch as _
+    import ml_dtypes  # noqa: F401  NumPy's bfloat16
+    import torch  # noqa: F401
 except ModuleNotFoundError as _error:
     raise ImportError(
-        f"gn_fast.torch needs {_error.name}, which is not installed: pip install 'gn_fast[torch]'", name=_error.name
+        f"gn_fast.torch needs {_error.name}, which is not installed: pip install 'gn_fast[torch]'",
+        name=_error.name,
     ) from _error
 
 from ._accelerate import Report, accelerate, restore

@@ -5,6 +5,7 @@ place where it is called, by a module that passes its input on and keeps the act
 """
 
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,7 +53,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} replaced, {len(self.fused)} of them with the activation that follows"]
-        lines += [f"  {name} + {self.fused[name]}" if name in self.fused else f"  {name}" for name in self.replaced]
+        lines += [
+            f"  {name} + {self.fused[name]}" if name in self.fused else f"  {name}" for name in self.replaced
+        ]
         lines += ["left as they are:"] * bool(self.left)
         lines += [f"  {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
@@ -96,7 +99,7 @@ def accelerate(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if type(module) is nn.GroupNorm and "forward" not in vars(module) and _is_here(module):
             module.__class__ = Accelerated
-            module.activation = None
+            vars(module)["activation"] = None
             report.replaced.append(name)
         elif _is_another(module):
             report.left[name] = _why_left(module)
@@ -105,14 +108,16 @@ def accelerate(model: nn.Module) -> Report:
     for prefix, parent in list(model.named_modules()):
         for slot, norms, activation in list(_pairs(parent, places, prefix, names, report)):
             for norm in norms:
-                norm.activation = activation
-                report.fused[names[id(norm)]] = activation[0] if isinstance(activation, tuple) else str(activation)
-            parent._modules[slot] = Fused(parent._modules[slot])  # type: ignore[arg-type]
+                vars(norm)["activation"] = activation
+                report.fused[names[id(norm)]] = (
+                    activation[0] if isinstance(activation, tuple) else str(activation)
+                )
+            parent._modules[slot] = Fused(parent._modules[slot])
     return report
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: the classes of the norms, and the activations where they were. What was trained meanwhile stays.
+    """Undo `accelerate`: the norms' classes and the activations are what they were; what was trained meanwhile stays.
 
     Parameters
     ----------
@@ -128,7 +133,7 @@ def restore(model: nn.Module) -> None:
     for module in list(model.modules()):
         if type(module) is Accelerated:
             del module.activation
-            module.__class__ = nn.GroupNorm
+            module.__class__ = nn.GroupNorm  # type: ignore[assignment]
         for slot, child in module._modules.items():
             if type(child) is Fused:
                 child.activation.train(child.training)
@@ -201,8 +206,8 @@ def _why_apart(module: nn.Module | None, places: Counter[int]) -> str | None:
 
 def _neighbours(parent: nn.Module) -> Iterator[tuple[str, list[Accelerated]]]:
     items = list(parent._modules.items())
-    for (_, norm), (slot, _) in zip(items, items[1:], strict=False):
-        if type(norm) is Accelerated:
+    for (_, norm), (slot, _) in itertools.pairwise(items):
+        if isinstance(norm, Accelerated):
             yield slot, [norm]
 
 

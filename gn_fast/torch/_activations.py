@@ -1,4 +1,4 @@
-"""What PyTorch's activations are called here: modules, functions and methods, each with the arguments that are known."""
+"""What PyTorch's activations are called here: modules, functions and methods, each with known arguments."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,6 +1,7 @@
 """Tensors as the arrays that the kernel works on, and what it is asked to do to them. No autograd lives here."""
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,12 +23,12 @@ DTYPES = {
 }
 
 
-def array(tensor: Tensor | None) -> np.ndarray | None:
+def array(tensor: Tensor | None) -> Any:
     """The tensor's memory as an array."""
     return None if tensor is None else array_of(tensor, DTYPES)
 
 
-def tensor(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+def tensor(array: Any, dtype: torch.dtype) -> Tensor:
     """An array that nobody else has as a tensor."""
     if dtype is torch.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(dtype)
@@ -47,10 +48,10 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: Activation,
+    activation: Any,
     residual: Tensor | None,
 ) -> Tensor:
-    """y."""
+    """Y."""
     y = torch.empty_like(input) if input.is_contiguous() else empty_like(input)
     group_norm(
         array_of(input, DTYPES), num_groups, weight if weight is None else array_of(weight, DTYPES),
@@ -67,7 +68,7 @@ def forward_with_moments(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: Activation,
+    activation: Any,
     residual: Tensor | None,
 ) -> tuple[Tensor, gn_fast.Moments]:
     """y, and the statistics, with which its gradient takes a sweep less."""
@@ -86,11 +87,12 @@ def backward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    activation: Activation,
+    activation: Any,
     residual: Tensor | None,
     moments: gn_fast.Moments | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of input, weight, bias and residual; None for one that is absent."""
+    dresidual: Any
     dx = empty_like(input)
     _, dweight, dbias, *dresidual = gn_fast.group_norm_backward(
         array(dy), array(input), num_groups, array(weight), array(bias), eps, residual=array(residual),

@@ -58,7 +58,7 @@ def _is_ours(norm: torch.fx.Node) -> bool:
 
 
 def rewrite(graph: torch.fx.GraphModule) -> int:
-    """Make each group norm of a graph, with its activation, a call of ours; returns how many activations are in them."""
+    """Make each group norm of a graph, with its activation, a call of ours; returns how many have one."""
     fused = 0
     for norm in list(graph.graph.nodes):
         if norm.op != "call_function" or norm.target not in _NORMS or not _is_ours(norm):

@@ -1,5 +1,6 @@
 """Group norm composed of PyTorch's operations, which have every derivative and every transformation: second
-derivatives, forward-mode differentiation and `vmap` are made of it."""
+derivatives, forward-mode differentiation and `vmap` are made of it.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -66,7 +67,9 @@ def gradients(
     with torch.enable_grad():
         # Views: an argument that is given twice, x as its own residual, has two gradients.
         views = [None if t is None else t.view_as(t) for t in tensors]
-        y = group_norm(*views, num_groups, eps, activation)  # type: ignore[arg-type]
+        y = group_norm(*views, num_groups, eps, activation)  # type: ignore[arg-type, call-arg]
         asked = [v for v, want in zip(views, wanted, strict=True) if want and v is not None]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))
-    return tuple(next(found) if want and v is not None else None for v, want in zip(views, wanted, strict=True))
+    return tuple(
+        next(found) if want and v is not None else None for v, want in zip(views, wanted, strict=True)
+    )

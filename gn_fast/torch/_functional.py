@@ -21,7 +21,9 @@ from . import _arrays, _composed, _operators
 from ._arrays import Activation
 
 PLAIN = (Tensor, Parameter)
-KEPT = 1 << 14  # values from which on statistics are kept for the gradient: fewer are summed again in less time (0.8 us)
+KEPT = (
+    1 << 14
+)  # values from which on statistics are kept for the gradient: fewer are summed again in less time (0.8 us)
 
 
 def group_norm(
@@ -38,7 +40,7 @@ def group_norm(
     Parameters
     ----------
     input : Tensor
-        (N, C, \\*spatial), float16, bfloat16, float32 or float64, of any strides.
+        (N, C, spatial...), float16, bfloat16, float32 or float64, of any strides.
     num_groups : int
         Divides C.
     weight, bias : Tensor, optional
@@ -81,7 +83,7 @@ def group_norm(
     """
     tensors = input, weight, bias, residual
     if has_torch_function_variadic(*tensors):
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             group_norm, tensors, input, num_groups, weight, bias, eps, activation, residual
         )
     needs_gradient = is_grad_enabled() and (
@@ -93,14 +95,16 @@ def group_norm(
     if not is_compiling() and _is_plain(input, weight, bias, residual) and input.numel() != num_groups:
         try:
             if needs_gradient:
-                return _GroupNorm.apply(*tensors, (num_groups, eps, activation))  # type: ignore[no-any-return]
+                return _GroupNorm.apply(*tensors, (num_groups, eps, activation))  # type: ignore[no-any-return, no-untyped-call]
             return _arrays.forward(input, num_groups, weight, bias, eps, activation, residual)
         except (TypeError, ValueError, LookupError):
             _check(*tensors, num_groups, activation)
             if eps >= 0:
                 raise
     _check(*tensors, num_groups, activation)
-    if not is_compiling() and (peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or not eps >= 0):
+    if not is_compiling() and (
+        peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or not eps >= 0
+    ):
         return _composed.group_norm(*tensors, num_groups, eps, activation)
     arguments = input, num_groups, weight, bias, eps, *_operators.split(activation), residual
     if needs_gradient:
@@ -112,7 +116,8 @@ def group_norm(
 
 def _is_plain(input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
     """Whether these are plain CPU tensors that fit, and nobody else wants to see the call: `torch.func`, a mode of
-    dispatch, `jit.trace`, forward-mode differentiation."""
+    dispatch, `jit.trace`, forward-mode differentiation.
+    """
     return (
         type(input) in PLAIN
         and (weight is None or (type(weight) in PLAIN and weight.dim() == 1))
@@ -158,7 +163,9 @@ def _check(
                 f"of shape {list(t.shape)} and input of shape {list(shape)}"
             )
     if residual is not None and residual.shape != shape:
-        raise RuntimeError(f"Expected residual to have the shape of input, {list(shape)}, not {list(residual.shape)}")
+        raise RuntimeError(
+            f"Expected residual to have the shape of input, {list(shape)}, not {list(residual.shape)}"
+        )
     for name, t in (("input", input), ("weight", weight), ("bias", bias), ("residual", residual)):
         if t is not None:
             if t.dtype not in _arrays.DTYPES:
@@ -173,12 +180,16 @@ def _check(
 def check_activation(activation: Any) -> None:
     """Raise ValueError unless it is one of those that are known, or None."""
     if isinstance(activation, tuple):
-        known = len(activation) == 2 and activation[0] == "leaky_relu" and isinstance(activation[1], int | float)
+        known = (
+            len(activation) == 2 and activation[0] == "leaky_relu" and isinstance(activation[1], int | float)
+        )
     else:
         known = activation is None or (isinstance(activation, str) and activation in _composed.ACTIVATIONS)
     if not known:
         names = ", ".join(_composed.ACTIVATIONS)
-        raise ValueError(f"activation must be one of {names}, ('leaky_relu', slope) or None, not {activation!r}")
+        raise ValueError(
+            f"activation must be one of {names}, ('leaky_relu', slope) or None, not {activation!r}"
+        )
 
 
 class _GroupNorm(torch.autograd.Function):
@@ -198,11 +209,13 @@ class _GroupNorm(torch.autograd.Function):
         if input.numel() < KEPT:
             ctx.moments = None
             return _arrays.forward(input, num_groups, weight, bias, eps, activation, residual)
-        y, ctx.moments = _arrays.forward_with_moments(input, num_groups, weight, bias, eps, activation, residual)
+        y, ctx.moments = _arrays.forward_with_moments(
+            input, num_groups, weight, bias, eps, activation, residual
+        )
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         tensors = input, weight, bias, residual = ctx.saved_tensors
         num_groups, eps, activation = ctx.call
         if is_grad_enabled() or not _is_plain(dy, None, None, None) or is_legacy_batchedtensor(dy):

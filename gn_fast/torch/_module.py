@@ -39,7 +39,7 @@ class GroupNorm(nn.GroupNorm):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        """Input of shape (N, C, \\*spatial), normalized and activated."""
+        """Input of shape (N, C, spatial...), normalized and activated."""
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, self.activation)
 
     def extra_repr(self) -> str:

@@ -107,7 +107,10 @@ def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     dx, dw, db, dr = (
         d if t is not None and need else None
         for t, d, need in zip(
-            (input, weight, bias, residual), found, [ctx.needs_input_grad[i] for i in (0, 2, 3, 7)], strict=True
+            (input, weight, bias, residual),
+            found,
+            [ctx.needs_input_grad[i] for i in (0, 2, 3, 7)],
+            strict=True,
         )
     )
     return dx, None, dw, db, None, None, None, dr
@@ -122,6 +125,8 @@ def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _second_gradient(ctx: Any, *ddx: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     with torch.enable_grad():
+        tensors: list[Any]
+        dy: Any
         dy, *tensors = (None if t is None else t.detach().requires_grad_() for t in saved)
         found = _composed.gradients(dy, tensors, [True] * 4, *ctx.call)
         pairs = [(f, d) for f, d in zip(found, ddx, strict=True) if f is not None and d is not None]
