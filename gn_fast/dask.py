@@ -7,7 +7,7 @@ calls gn_fast's functions for NumPy on its chunk.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,9 +21,11 @@ except ModuleNotFoundError as _error:
 
 import gn_fast
 
-from ._core import _Activation
 from .gradient_sums import GradientSums
 from .moments import Moments
+
+if TYPE_CHECKING:
+    from ._core import _Activation
 
 __all__ = ["group_norm", "group_norm_backward"]
 
@@ -45,7 +47,7 @@ def group_norm(
     *,
     axis: SupportsIndex = 1,
     residual: ArrayLike | da.Array | None = None,
-    activation: _Activation = None,
+    activation: "_Activation" = None,
     mask: ArrayLike | da.Array | None = None,
     moments: Moments | None = None,
     return_moments: bool = False,
@@ -70,7 +72,7 @@ def group_norm_backward(
     *,
     axis: SupportsIndex = 1,
     residual: ArrayLike | da.Array | None = None,
-    activation: _Activation = None,
+    activation: "_Activation" = None,
     mask: ArrayLike | da.Array | None = None,
     moments: Moments | None = None,
     num_threads: SupportsIndex | None = 1,
