@@ -1,11 +1,12 @@
 """Group normalization of dask arrays: larger than memory, and larger than a machine.
 
-How a call is cut into tasks, and how what the tasks find is merged, lives here; what a task computes does not: each
-calls gn_fast's functions for NumPy on its chunk.
+How a call is cut into tasks, and how what the tasks find is merged, lives here; what a task computes does
+not: each calls gn_fast's functions for NumPy on its chunk.
 """
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -16,7 +17,8 @@ try:
     import dask.array as da
 except ModuleNotFoundError as _error:
     raise ImportError(
-        f"gn_fast.dask needs {_error.name}, which is not installed: pip install 'gn_fast[dask]'", name=_error.name
+        f"gn_fast.dask needs {_error.name}, which is not installed: pip install 'gn_fast[dask]'",
+        name=_error.name,
     ) from _error
 
 import gn_fast
@@ -53,13 +55,76 @@ def group_norm(
     return_moments: bool = False,
     num_threads: SupportsIndex | None = 1,
 ) -> Any:
+    """Group normalization of a dask array: :func:`gn_fast.group_norm` of its whole, chunk by chunk.
+
+    Where chunks hold whole slabs (all positions of their groups), each is one call of the kernel. Where they
+    cut positions, the moments of all chunks are merged in a tree, with which each chunk is then normalized.
+
+    Parameters
+    ----------
+    x : dask.array.Array, shape (N, C, spatial...), or with the channels at `axis`
+        Of NumPy arrays in chunks of known sizes, cut anywhere; only where a chunk cuts a group of channels, the
+        channels are rechunked.
+    num_groups, eps, axis, activation
+        As for :func:`gn_fast.group_norm`.
+    weight, bias, residual, mask : array_like or dask.array.Array, optional
+        Of the shapes that :func:`gn_fast.group_norm` takes; rechunked to the chunks of x where theirs are
+        others.
+    moments : Moments, shape (N, G), optional
+        Use these statistics instead of x's own. Their arrays are NumPy's or dask's, as `return_moments` gave
+        them.
+    return_moments : bool
+        Also return the statistics that were used.
+    num_threads : int or None, optional
+        At most so many threads in each task: 1, as the scheduler runs tasks side by side. With None what
+        :func:`gn_fast.get_num_threads` says where the task runs.
+
+    Returns
+    -------
+    y : dask.array.Array
+        Of x's shape, dtype (float64 for integers) and chunks, but for channels that were rechunked; each chunk
+        has the order of memory of x's. Nothing is computed yet.
+    moments : Moments
+        Only with ``return_moments=True``: `moments` as they were given, or a :class:`gn_fast.Moments` of dask
+        arrays. Its ``var``, ``rstd`` and ``merge`` are lazy too, and ``dask.compute`` makes it one of NumPy
+        arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described: before anything is computed, in the words of
+        :func:`gn_fast.group_norm`.
+
+    See Also
+    --------
+    group_norm_backward : its gradient.
+
+    Notes
+    -----
+    For given chunks the result has the same bits under any scheduler, any number of workers and threads: parts
+    are merged in the order of the chunks, at most eight to a task. Errors are bounded as those of
+    :func:`gn_fast.group_norm`.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> import gn_fast.dask
+    >>> x = da.random.default_rng(0).random((2, 8, 64, 64), chunks=(1, 8, 32, 64))
+    >>> y, moments = gn_fast.dask.group_norm(x, 4, return_moments=True)
+    >>> y.chunks == x.chunks
+    True
+    >>> bool(abs(y[0, :2].std() - 1) < 1e-3)  # computed here
+    True
+    >>> moments.mean
+    dask.array<mean, shape=(2, 4), dtype=float64, chunksize=(1, 4), chunktype=numpy.ndarray>
+    """
     call = _Call(x, num_groups, weight, bias, eps, axis, residual, activation, mask, moments, num_threads)
     if return_moments or not call.has_whole_slabs:
         call.find_moments()
     y = call.tasks("group-norm", _norm, call.dtype)
     if not return_moments:
         return y
-    return y, moments or Moments._trusted(*(call.arrays["moments"][0][field] for field in _MOMENTS.names or ()))
+    return y, moments or Moments._trusted(*_fields(call.arrays["moments"][0]))
 
 
 def group_norm_backward(
@@ -77,6 +142,50 @@ def group_norm_backward(
     moments: Moments | None = None,
     num_threads: SupportsIndex | None = 1,
 ) -> tuple[Any, ...]:
+    """The gradient of :func:`group_norm`: :func:`gn_fast.group_norm_backward` of the whole, chunk by chunk.
+
+    Where chunks cut positions, the gradient's sums of all chunks are merged in a tree, as the moments are.
+
+    Parameters
+    ----------
+    dy : dask.array.Array or array_like, x's shape
+        The gradient with respect to y; rechunked to the chunks of x where its own are others.
+    x, num_groups, weight, bias, eps, axis, residual, activation, mask, num_threads
+        As for :func:`group_norm`, with the values of the forward call.
+    moments : Moments, shape (N, G), optional
+        x's statistics as the forward call returned them; without them they are computed again.
+
+    Returns
+    -------
+    dx : dask.array.Array
+        Of x's shape and dtype, in the chunks of y.
+    dweight, dbias : dask.array.Array or None
+        Of weight's and bias's shape, dtype and chunks, summed in float64 in a fixed order; None where they are
+        absent.
+    dresidual : dask.array.Array
+        Only if `residual` is given: of dx's dtype and chunks.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as described: before anything is computed.
+
+    Notes
+    -----
+    Compute what is needed of these in one ``dask.compute``, so that tasks in common run once. The gradient is
+    told of in :func:`gn_fast.group_norm_backward`, bits in :func:`group_norm`.
+
+    Examples
+    --------
+    >>> import dask
+    >>> import dask.array as da
+    >>> import gn_fast.dask
+    >>> x, dy = da.random.default_rng(0).random((2, 2, 8, 64, 64), chunks=(2, 1, 8, 32, 64))
+    >>> dx, dweight, _ = gn_fast.dask.group_norm_backward(dy, x, 4, weight=da.ones(8))
+    >>> dx, dweight = dask.compute(dx, dweight)
+    >>> dx.shape, dweight.shape
+    ((2, 8, 64, 64), (8,))
+    """
     call = _Call(x, num_groups, weight, bias, eps, axis, residual, activation, mask, moments, num_threads, dy)
     if not call.has_whole_slabs:
         call.find_moments()
@@ -84,10 +193,11 @@ def group_norm_backward(
     gradients = call.tasks("group-norm-backward", _gradients, call.dtype)  # whose blocks are tuples
     dx = call.item(gradients, 0, call.dtype)
     if call.has_whole_slabs:
-        dweight, dbias = (call.item_of_parameter(gradients, i, name) for i, name in ((1, "weight"), (2, "bias")))
+        dweight, dbias = (
+            call.item_of_parameter(gradients, i, name) for i, name in ((1, "weight"), (2, "bias"))
+        )
     else:
-        sums = call.arrays["sums"][0]
-        dweight, dbias = (sums[field] for field in _SUMS.names or ())
+        dweight, dbias = _fields(call.arrays["sums"][0])
     found = dx, call.gradient_of("weight", weight, dweight), call.gradient_of("bias", bias, dbias)
     return found if residual is None else (*found, call.item(gradients, 3, call.dtype))
 
@@ -143,7 +253,10 @@ class _Call:
         if moments is not None:
             chunks = x.chunks[0], self.groups
             fields = [da.asarray(getattr(moments, field)).rechunk(chunks) for field in _MOMENTS.names or ()]
-            self.use("moments", da.map_blocks(_packed_fields, *fields, dtype=_MOMENTS, meta=np.empty((0, 0), _MOMENTS)))
+            self.use(
+                "moments",
+                da.map_blocks(_packed_fields, *fields, dtype=_MOMENTS, meta=np.empty((0, 0), _MOMENTS)),
+            )
 
     def parameter(self, a: Any) -> tuple[Any, tuple[int, ...]]:
         """A weight or bias as (), (C,) or (N, C), without its ones."""
@@ -158,7 +271,9 @@ class _Call:
     def use(self, name: str, statistics: Any) -> None:
         self.arrays[name] = statistics, (0, self.axis)
 
-    def tasks(self, token: str, work: Callable[..., Any], dtype: Any, *, among: tuple[str, ...] = (), **adjust: Any) -> Any:
+    def tasks(
+        self, token: str, work: Callable[..., Any], dtype: Any, *, among: tuple[str, ...] = (), **adjust: Any
+    ) -> Any:
         """A block of the result for each of x."""
         arrays = {name: a for name, a in self.arrays.items() if not among or name in among}
         work = functools.partial(
@@ -198,7 +313,7 @@ class _Call:
         return da.blockwise(_item, self.index, blocks, self.index, i, None, dtype=dtype, meta=meta)
 
     def item_of_parameter(self, blocks: Any, i: int, name: str) -> Any:
-        """The sums of a weight's or bias's gradient of each block, of rows for its samples, or one for all of them."""
+        """What the blocks' samples and channels add to a weight's or bias's gradient, (N, C) or with ones."""
         if name not in self.arrays:
             return None
         _, index = self.arrays[name]
@@ -225,7 +340,9 @@ class _Call:
 
 
 def _check(dy: Any, x: Any, num_groups: Any, arrays: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise what gn_fast's function for NumPy would. It looks at `sums` last, and computes nothing if they are none."""
+    """Raise what gn_fast's function for NumPy would. Of `sums` that are none it complains last of all, so that
+    nothing is computed.
+    """
     stand_ins = {name: _stand_in(name, value) for name, value in arrays.items()}
     try:
         gn_fast.group_norm_backward(
@@ -244,11 +361,22 @@ def _stand_in(name: str, value: Any) -> Any:
         return value
     if any(map(math.isnan, value.shape)):
         raise ValueError(
-            f"{name} must have chunks of known sizes, not shape {value.shape}: call its compute_chunk_sizes() first"
+            f"{name} must have chunks of known sizes, not shape {value.shape}: {name}.compute_chunk_sizes() "
+            "finds them"
         )
     if type(value._meta) is not np.ndarray:
         return value._meta
     return np.broadcast_to(np.zeros((), value.dtype), value.shape)
+
+
+def _fields(statistics: Any) -> list[Any]:
+    """Arrays of statistics' parts, of one that has them as elements."""
+    return [
+        statistics.map_blocks(
+            operator.itemgetter(name), token=name, dtype=dtype, meta=np.empty((0, 0), dtype)
+        )
+        for name, (dtype, _) in statistics.dtype.fields.items()
+    ]
 
 
 def _whole_groups(chunks: tuple[int, ...], size: int) -> tuple[int, ...]:
