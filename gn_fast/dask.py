@@ -17,8 +17,7 @@ try:
     import dask.array as da
 except ModuleNotFoundError as _error:
     raise ImportError(
-        f"gn_fast.dask needs {_error.name}, which is not installed: pip install 'gn_fast[dask]'",
-        name=_error.name,
+        "gn_fast.dask needs dask, which is not installed: pip install 'gn_fast[dask]'", name=_error.name
     ) from _error
 
 import gn_fast
@@ -230,7 +229,9 @@ class _Call:
         self.options = options | {"axis": axis}
         self.num_groups = int(num_groups)
         self.size = x.shape[axis] // self.num_groups  # channels of a group
-        x = x.rechunk({axis: _whole_groups(x.chunks[axis], self.size)})
+        chunks = [tuple(filter(None, sizes)) or (0,) for sizes in x.chunks]  # empty ones have nothing to do
+        chunks[axis] = _whole_groups(chunks[axis], self.size)
+        x = x.rechunk(tuple(chunks))
         self.groups = tuple(c // self.size if self.size else self.num_groups for c in x.chunks[axis])
         self.dtype = x.dtype.newbyteorder("=") if x.dtype.kind not in "iub" else np.dtype(np.float64)
         self.index = tuple(range(x.ndim))
@@ -381,10 +382,10 @@ def _fields(statistics: Any) -> list[Any]:
 
 def _whole_groups(chunks: tuple[int, ...], size: int) -> tuple[int, ...]:
     """Chunks of channels, each bound that cuts a group of this size moved to the group's end."""
-    if size == 0 or all(c and c % size == 0 for c in chunks):
-        return chunks if size else (0,)
-    bounds = sorted({-(-int(end) // size) * size for end in np.cumsum(chunks)} - {0})
-    return tuple(int(c) for c in np.diff([0, *bounds]))
+    if size == 0 or all(channels % size == 0 for channels in chunks):
+        return chunks
+    bounds = sorted({-(-int(end) // size) * size for end in np.cumsum(chunks)})
+    return tuple(map(int, np.diff([0, *bounds])))
 
 
 # ---- what a task does ------------------------------------------------------------------------------------
@@ -470,7 +471,7 @@ def _unpacked(block: Block) -> Any:
 def _merged(parts: Block, axis: tuple[int, ...], keepdims: bool) -> Block:
     """The statistics of neighbouring chunks merged into one, in order."""
     cells = np.moveaxis(parts, axis, range(len(axis)))
-    cells = cells.reshape(-1, *cells.shape[len(axis) :])
+    cells = cells.reshape(math.prod(cells.shape[: len(axis)]), *cells.shape[len(axis) :])
     if not len(cells):
         return np.zeros(cells.shape[1:], parts.dtype)  # dask asks what type of array this makes
     first, *others = map(_unpacked, cells)

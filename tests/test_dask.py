@@ -65,7 +65,7 @@ def both_ways(arguments, dy, **more):
 # ---- values ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(calls(), st.data())
 def test_every_combination_is_that_of_the_reference(arguments, drawn):
     def cut(size):
@@ -221,7 +221,7 @@ def test_moments_are_used_merged_and_computed():
 
 
 def tasks(*lazy):
-    return len(dask.base.collections_to_dsk(lazy, optimize_graph=False))
+    return len(set().union(*(a.__dask_graph__() for a in lazy)))
 
 
 @pytest.mark.parametrize("cut", ["samples", "positions"])
@@ -306,7 +306,7 @@ CASES = [
     (dtype, layout, chunks)
     for dtype in (np.float16, np.float32)
     for layout in LAYOUTS
-    for chunks in ((1, 8, 20, 14), (2, 3, 3, 4))
+    for chunks in ((1, 8, 20, 14), (2, 3, 7, 7))
 ]
 
 
@@ -372,13 +372,12 @@ def test_bad_input_is_refused_before_anything_is_computed(name, value, error, wa
     arguments = {"x": x, "num_groups": 2}
     for call in (group_norm, functools.partial(group_norm_backward, x)):
         if name == "x":
-            if not isinstance(value, np.ndarray) or value.dtype.kind in "O":
+            if not isinstance(value, np.ndarray) or value.dtype == object:
                 with pytest.raises(TypeError, match=r"^x must be a dask.array.Array, not "):
                     call(**(arguments | {name: value}))
                 continue
-            value = da.from_array(value)
         with pytest.raises(error) as caught:
-            call(**(arguments | {name: value}))
+            call(**(arguments | {name: da.from_array(value) if name == "x" else value}))
         if name != "x":
             with pytest.raises(error) as expected:
                 gn_fast.group_norm(**({"x": X, "num_groups": 2} | {name: value}))
