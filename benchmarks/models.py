@@ -1,7 +1,7 @@
 """Whole models with gn_fast under them, beside what they were: python -m benchmarks.models
 
-Of random weights and no download; diffusers and transformers are needed: pip install -e '.[benchmark,test-torch]'. Stock
-and accelerated take turns in one process, one for each allocator. The share of group norm is what a model without its
+Of random weights and no download; diffusers and transformers are needed: pip install -e '.[benchmark,test-torch]'.
+Stock and accelerated take turns in one process, one for each allocator. The share of group norm is what a model without its
 norms saves.
 """
 
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", help="models whose name has this in it")
     parser.add_argument("--allocator", choices=ALLOCATORS, help=argparse.SUPPRESS)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/models.json and the table in docs/torch.md")
+    parser.add_argument("--save", action="store_true", help="write the table in docs/torch.md, and models.json")
     options = parser.parse_args()
     wanted = [case for case in cases() if (options.only or "") in case[0]]
     if options.allocator:

@@ -65,9 +65,9 @@ def measure(
 # ---- what is said ----------------------------------------------------------------------------------------
 
 
-def table(results: list[Result]) -> str:
+def table(results: list[Result], peers: Sequence[str] = tuple(PEERS)) -> str:
     """The cases of one mode as a Markdown table."""
-    peers = [name for name in PEERS if any(name in result.seconds for result in results)]
+    peers = [name for name in peers if any(name in result.seconds for result in results)]
     over = [f"{OURS} / {name}" for name in (COPY, LIMIT)]
     rows = [
         ["case", "shape", "groups", *over, "spread", *(f"{name} / {OURS}" for name in peers)],

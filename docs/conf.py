@@ -1,7 +1,7 @@
-"""The manual: sphinx-build -W --keep-going -b html docs docs/_build, with what `pip install -e '.[docs,torch,dask]'` brings.
+"""The manual, after pip install -e '.[docs,torch,dask]': sphinx-build -W --keep-going -b html docs docs/_build
 
-External links are checked by `-b linkcheck`; LINK_INVENTORIES=1 in the environment links to the manuals of Python, NumPy
-and PyTorch, whose inventories are then fetched.
+External links are checked by `-b linkcheck`. LINK_INVENTORIES=1 in the environment links to the manuals of Python,
+NumPy and PyTorch, whose inventories are then fetched.
 """
 
 import os

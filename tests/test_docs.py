@@ -110,6 +110,9 @@ def test_every_block_of_python_is_an_example(page):
 
 @pages
 def test_examples_of_a_page_run(page):
+    for extra in ("torch", "dask"):
+        if f"import gn_fast.{extra}\n" in page.read_text(encoding="utf-8"):
+            pytest.importorskip(extra, reason=f"{extra}, of which the page is, is not installed")
     # Without the fences, which doctest would take for expected output.
     examples = "\n".join(content for language, content in blocks(page) if language == "pycon")
     run(doctest.DocTestParser().get_doctest(examples, {}, page.name, str(page), 0))
