@@ -62,8 +62,8 @@ def group_norm(
     Parameters
     ----------
     x : dask.array.Array, shape (N, C, spatial...), or with the channels at `axis`
-        Of NumPy arrays in chunks of known sizes, cut anywhere; only where a chunk cuts a group of channels, the
-        channels are rechunked.
+        Of NumPy arrays in chunks of known sizes, cut anywhere; only where a chunk cuts a group of channels,
+        the channels are rechunked.
     num_groups, eps, axis, activation
         As for :func:`gn_fast.group_norm`.
     weight, bias, residual, mask : array_like or dask.array.Array, optional
@@ -81,8 +81,8 @@ def group_norm(
     Returns
     -------
     y : dask.array.Array
-        Of x's shape, dtype (float64 for integers) and chunks, but for channels that were rechunked; each chunk
-        has the order of memory of x's. Nothing is computed yet.
+        Of x's shape, dtype (float64 for integers) and chunks, but for channels that were rechunked; each
+        chunk has the order of memory of x's. Nothing is computed yet.
     moments : Moments
         Only with ``return_moments=True``: `moments` as they were given, or a :class:`gn_fast.Moments` of dask
         arrays. Its ``var``, ``rstd`` and ``merge`` are lazy too, and ``dask.compute`` makes it one of NumPy
@@ -100,8 +100,8 @@ def group_norm(
 
     Notes
     -----
-    For given chunks the result has the same bits under any scheduler, any number of workers and threads: parts
-    are merged in the order of the chunks, at most eight to a task. Errors are bounded as those of
+    For given chunks the result has the same bits under any scheduler, any number of workers and threads:
+    parts are merged in the order of the chunks, at most eight to a task. Errors are bounded as those of
     :func:`gn_fast.group_norm`.
 
     Examples
@@ -159,8 +159,8 @@ def group_norm_backward(
     dx : dask.array.Array
         Of x's shape and dtype, in the chunks of y.
     dweight, dbias : dask.array.Array or None
-        Of weight's and bias's shape, dtype and chunks, summed in float64 in a fixed order; None where they are
-        absent.
+        Of weight's and bias's shape, dtype and chunks, summed in float64 in a fixed order; None where they
+        are absent.
     dresidual : dask.array.Array
         Only if `residual` is given: of dx's dtype and chunks.
 
@@ -249,11 +249,11 @@ class _Call:
         if mask is not None:
             whole = da.asarray(mask)
             whole = whole[(None,) * (x.ndim - whole.ndim)]
-            chunks = tuple(x.chunks[i] if size > 1 else (size,) for i, size in enumerate(whole.shape))
-            self.arrays["mask"] = whole.rechunk(chunks), self.index
+            cut = tuple(x.chunks[i] if size > 1 else (size,) for i, size in enumerate(whole.shape))
+            self.arrays["mask"] = whole.rechunk(cut), self.index
         if moments is not None:
-            chunks = x.chunks[0], self.groups
-            fields = [da.asarray(getattr(moments, field)).rechunk(chunks) for field in _MOMENTS.names or ()]
+            slabs = x.chunks[0], self.groups
+            fields = [da.asarray(getattr(moments, field)).rechunk(slabs) for field in _MOMENTS.names or ()]
             self.use(
                 "moments",
                 da.map_blocks(_packed_fields, *fields, dtype=_MOMENTS, meta=np.empty((0, 0), _MOMENTS)),
@@ -341,8 +341,8 @@ class _Call:
 
 
 def _check(dy: Any, x: Any, num_groups: Any, arrays: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raise what gn_fast's function for NumPy would. Of `sums` that are none it complains last of all, so that
-    nothing is computed.
+    """Raise what gn_fast's function for NumPy would. It looks at `sums` last of all, and computes nothing
+    if they are none.
     """
     stand_ins = {name: _stand_in(name, value) for name, value in arrays.items()}
     try:
@@ -402,7 +402,7 @@ def _arguments(
     return given | options | {"num_groups": channels // size if size else num_groups}
 
 
-def _norm(*blocks: Block, **more: Any) -> Block:
+def _norm(*blocks: Block, **more: Any) -> Any:
     return gn_fast.group_norm(**_arguments(blocks, **more))
 
 
@@ -436,7 +436,7 @@ def _item(block: Any, i: int) -> Any:
     return block[i]
 
 
-def _rounded(total: Block, dtype: Any) -> Block:
+def _rounded(total: Block, dtype: Any) -> Any:
     with np.errstate(all="ignore"):  # beyond the largest float16 is infinity
         return total.astype(dtype)
 
