@@ -1,8 +1,8 @@
 """Whole models with gn_fast under them, beside what they were: python -m benchmarks.models
 
-Of random weights and no download; diffusers and transformers are needed: pip install -e '.[benchmark,test-
-torch]'. Stock and accelerated take turns in one process, one for each allocator. The share of group norm is
-what a model without its norms saves.
+Of random weights and no download; diffusers and transformers are needed: pip install -e
+'.[benchmark,test-torch]'. Stock and accelerated take turns in one process, one for each allocator. The share of
+group norm is what a model without its norms saves.
 """
 
 import argparse
