@@ -11,7 +11,7 @@ import pytest
 from helpers import DTYPES, LAYOUTS, assert_same_bits, digest, fresh_python, in_layout, name_of, normal
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_errors import BAD, C, H, N, W, X
+from test_errors import BAD, C, H, N, W, X, label
 from test_fused import assert_as_reference, calls, data
 from test_gradient import assert_as_reference as assert_gradient_as_reference
 
@@ -361,7 +361,7 @@ def test_xarray():
 # ---- errors ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "value", "error", "was"), BAD, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(("name", "value", "error", "was"), BAD, ids=label)
 def test_bad_input_is_refused_before_anything_is_computed(name, value, error, was):
     x = da.from_array(X, chunks=(1, 3, 2, 5))
     arguments = {"x": x, "num_groups": 2}
