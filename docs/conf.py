@@ -52,7 +52,11 @@ intersphinx_mapping = {name: (url, None) for name, url in MANUALS.items() if rea
 # ---- links to the repository's files ---------------------------------------------------------------------
 
 REPOSITORY = "https://github.com/gn-fast/gn_fast/blob/main/"
-PAGES = {"CHANGELOG.md": "changelog", "CONTRIBUTING.md": "contributing", "benchmarks/results/speed.md": "speed"}
+PAGES = {
+    "CHANGELOG.md": "changelog",
+    "CONTRIBUTING.md": "contributing",
+    "benchmarks/results/speed.md": "speed",
+}
 
 
 def resolve_files(app, document):
