@@ -38,7 +38,7 @@ def mistake():
     figure, axes = panels(shown, sharex=True, sharey=True)
     for axis, values, colour in zip(axes, shown.values(), (BEFORE, WRONG, RIGHT), strict=True):
         axis.hist(values.ravel(), np.linspace(-7, 7, 141), density=True, histtype="stepfilled", color=colour)
-        axis.set_xlabel(f"mean {values.mean() + 0:.2f}, std {values.std():.2f}")
+        axis.set_xlabel(f"mean {abs(values.mean()):.2f}, std {values.std():.2f}")
     save(figure, "root")
 
 
