@@ -1,7 +1,8 @@
 """`python -m benchmarks.report`: the whole suite, as JSON, Markdown and a plot, and into the README.
 
-A full run writes to benchmarks/results; one of some cases or modes only where `--output` says. `--compare
-REV` races another revision of gn_fast instead, `--against PEER` one other library; neither writes anything.
+A full run writes to benchmarks/results; one of some cases or modes only where `--output` says. `--render`
+measures nothing and writes again what a run has measured. `--compare REV` races another revision of gn_fast
+instead, `--against PEER` one other library; neither writes anything.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,7 +22,7 @@ from .cases import CASES, MODES, Case, Mode, add_choice
 from .compare import HERE, compare
 from .contenders import AS_IT_COMES, COPY, OURS, PEERS
 from .plot import draw
-from .results import Result, describe, machine, measure, summary, table
+from .results import Result, brief, describe, machine, measure, summary, table
 from .timing import spread
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +58,7 @@ def main() -> None:
         "--output", type=Path, metavar="DIR", help="where a full run writes to benchmarks/results"
     )
     parser.add_argument("--readme", action="store_true", help="put plot and table into README.md")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing: write that run again")
     parser.add_argument("--compare", metavar="REV", help="race another revision instead")
     peers = {peer.__name__: name for name, peer in PEERS.items() if name != AS_IT_COMES}
     parser.add_argument("--against", choices=peers, help="race it alone; exit with 1 if it ever is faster")
@@ -64,6 +67,8 @@ def main() -> None:
     folder = options.output
     if folder is None and (options.cases, options.modes) == (list(CASES), list(MODES)):
         folder = RESULTS
+    if options.render:
+        folder = options.output or options.render.parent
     if options.readme and (folder is None or MODES[0] not in options.modes):
         parser.error(f"--readme needs --output and the mode {MODES[0]}, or a full run")
 
@@ -74,8 +79,8 @@ def main() -> None:
         results = measure(progress(problems), options.rounds, (OURS, peer))
         sys.exit(not all([print_duel(result, peer) for result in results]))
     else:
-        results = list(measure(progress(problems), options.rounds))
-        report(results, folder, options.readme)
+        where, results = load(options.render) if options.render else (machine(), None)
+        report(where, results or list(measure(progress(problems), options.rounds)), folder, options.readme)
 
 
 def progress(problems: list[tuple[Case, Mode]]) -> Iterator[tuple[Case, Mode]]:
@@ -86,9 +91,18 @@ def progress(problems: list[tuple[Case, Mode]]) -> Iterator[tuple[Case, Mode]]:
         yield case, mode
 
 
-def report(results: list[Result], folder: Path | None, readme: bool) -> None:
+def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """What a run wrote: the machine and the results, whose cases and modes have the titles of today."""
+    record = json.loads(path.read_text())
+    cases, modes = ({item.name: item for item in known} for known in (CASES, MODES))
+    return record["machine"], [
+        Result(cases[each["case"]["name"]], modes[each["mode"]["name"]], each["seconds"], each["absent"])
+        for each in record["results"]
+    ]
+
+
+def report(where: dict[str, Any], results: list[Result], folder: Path | None, readme: bool) -> None:
     """Print the results, write them to a folder, and into the README."""
-    where = machine()
     panels = {mode.name: list(group) for mode, group in groupby(results, lambda result: result.mode)}
     sections = [
         f"## {panel[0].mode.title}\n\n{table(panel)}\n\n{summary(panel)}" for panel in panels.values()
@@ -109,8 +123,8 @@ def report(results: list[Result], folder: Path | None, readme: bool) -> None:
         place = Path(os.path.relpath(folder, ROOT)).as_posix()
         update_readme(
             f"![Speed as a share of a copy, for each case]({place}/speed.png)\n\n"
-            f"{describe(where)}\n\n{table(panels[MODES[0].name])}\n\n"
-            f"How it was measured, and the other modes: [{place}/speed.md]({place}/speed.md).\n"
+            f"{brief(panels[MODES[0].name])}\n\n{describe(where)} "
+            f"All shapes, the other modes and how it was measured: [{place}/speed.md]({place}/speed.md).\n"
         )
 
 

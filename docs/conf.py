@@ -74,20 +74,29 @@ def resolve_files(app, document):
         link.replace_self(nodes.reference("", "", *link.children, internal=name in PAGES, refuri=uri))
 
 
-# ---- formulas --------------------------------------------------------------------------------------------
+# ---- blocks and formulas ---------------------------------------------------------------------------------
 
 
-def mathml(display, tag):
-    """A visitor that writes LaTeX as MathML, which browsers show without a script, a font or a network."""
+def strip_blocks(app, document):
+    """Blocks of examples end with the empty line that doctest needs: it is not shown."""
+    for block in document.findall(nodes.literal_block):
+        block.rawsource = block.astext().rstrip()
+        block[:] = [nodes.Text(block.rawsource)]
+
+
+def visitor(tag, display):
+    """Writes LaTeX as MathML, which browsers show without a script or a network; lines part at a \\qquad."""
 
     def visit(self, node):
-        start = self.starttag(node, tag, "", CLASS=f"math {display}")
-        self.body.append(f"{start}{convert(node.astext(), display=display)}</{tag}>")
+        text = node.astext().replace("'", "\\text{\N{PRIME}}")  # latex2mathml's primes are raised twice
+        parts = " ".join(convert(part, display=display) for part in text.split(r"\qquad"))
+        self.body.append(f"{self.starttag(node, tag, '', CLASS=f'math {display}')}{parts}</{tag}>")
         raise nodes.SkipNode
 
     return visit, None
 
 
 def setup(app):
-    app.add_html_math_renderer("mathml", mathml("inline", "span"), mathml("block", "div"))
+    app.add_html_math_renderer("mathml", visitor("span", "inline"), visitor("div", "block"))
     app.connect("doctree-read", resolve_files)
+    app.connect("doctree-read", strip_blocks)

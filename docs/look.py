@@ -11,11 +11,12 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 WIDTHS = (1280, 390)
-# Boxes that scroll by themselves, tables and formulas, may hold more than they show.
+# What lies in a box of the article that scrolls by itself, as tables, formulas and code do, may be wider.
 WIDER = """() => {
+    const article = document.querySelector("article")
     const scrolls = e => getComputedStyle(e).overflowX !== "visible"
-    const boxed = e => e !== document.body && (scrolls(e) || boxed(e.parentElement))
-    const beyond = [...document.querySelectorAll("article *")]
+    const boxed = e => e !== article && (scrolls(e) || boxed(e.parentElement))
+    const beyond = [...article.querySelectorAll("*")]
         .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !boxed(e.parentElement))
         .map(e => e.outerHTML.slice(0, 80))
     const width = document.scrollingElement.scrollWidth
@@ -24,7 +25,7 @@ WIDER = """() => {
 
 
 def main(site, pictures=None):
-    pages = sorted(Path(site).rglob("*.html"))
+    pages = sorted(Path(site).glob("*.html"))
     failed = 0
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"))
