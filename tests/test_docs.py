@@ -109,11 +109,37 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def anchors(page):
+    """GitHub's names of the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_links_to_headings_do_too(page):
+    for target, anchor in re.findall(r"\]\((?!https:)([^)#]*)#([^)]+)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
 @pages
 def test_files_named_are_there(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"`((?:src|gn_fast|tests|docs|benchmarks|\.ci)/[^`<>*]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_page_of_the_api_has_all_that_is_public():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^\.\. auto\w+:: (?:gn_fast\.)?(\w+)$", page, re.MULTILINE))
+    listed = set(re.findall(r"^   (\w+)$", page, re.MULTILINE))
+    assert described == set(gn_fast.__all__)
+    assert listed == set(PUBLIC)
+
+
+def test_every_page_has_its_place():
+    places = [content for language, content in blocks(ROOT / "docs/index.md") if language == "{toctree}"]
+    listed = re.findall(r"^[\w-]+$", "".join(places), re.MULTILINE)
+    assert sorted(["index", *listed]) == sorted(page.stem for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_the_page_of_faults_is_that_of_the_tests():
