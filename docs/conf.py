@@ -32,6 +32,7 @@ copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 html_theme = "furo"
 html_title = f"gn_fast {release}"
+html_use_index = html_domain_indices = False  # the API is one page
 html_static_path = ["_static"]
 html_css_files = ["manual.css"]
 html_math_renderer = "mathml"
