@@ -1,7 +1,8 @@
 """`python -m benchmarks.report`: the whole suite, as JSON, Markdown and a plot, and into the README.
 
-A full run writes to benchmarks/results; one of some cases or modes only where `--output` says. `--compare
-REV` races another revision of gn_fast instead, `--against PEER` one other library; neither writes anything.
+A full run writes to benchmarks/results; one of some cases or modes only where `--output` says. `--render`
+measures nothing and writes again what a run has measured. `--compare REV` races another revision of gn_fast
+instead, `--against PEER` one other library; neither writes anything.
 """
 
 import argparse
@@ -19,17 +20,15 @@ from tqdm import tqdm
 
 from .cases import CASES, MODES, Case, Mode, add_choice
 from .compare import HERE, compare
-from .contenders import AS_IT_COMES, COPY, OURS, PEERS, TUNED
+from .contenders import AS_IT_COMES, COPY, OURS, PEERS
 from .plot import draw
-from .results import Result, describe, machine, measure, summary, table
+from .results import Result, brief, describe, machine, measure, summary, table
 from .timing import spread
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DRAWN = ("out", "backward")
 QUIET = 1.25  # a spread above it says that the machine was busy with something else
-README_PEERS = (TUNED, AS_IT_COMES, "NumPy")
-IN_README = ("post", "resnet-first", "resnet-last", "unet-outer", "vae-512", "unet-3d", "ddpm-8", "wav2vec2")
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 HOW = """\
@@ -59,7 +58,7 @@ def main() -> None:
         "--output", type=Path, metavar="DIR", help="where a full run writes to benchmarks/results"
     )
     parser.add_argument("--readme", action="store_true", help="put plot and table into README.md")
-    parser.add_argument("--render", action="store_true", help="measure nothing: write anew what is in --output")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing: write that run again")
     parser.add_argument("--compare", metavar="REV", help="race another revision instead")
     peers = {peer.__name__: name for name, peer in PEERS.items() if name != AS_IT_COMES}
     parser.add_argument("--against", choices=peers, help="race it alone; exit with 1 if it ever is faster")
@@ -68,21 +67,20 @@ def main() -> None:
     folder = options.output
     if folder is None and (options.cases, options.modes) == (list(CASES), list(MODES)):
         folder = RESULTS
+    if options.render:
+        folder = options.output or options.render.parent
     if options.readme and (folder is None or MODES[0] not in options.modes):
         parser.error(f"--readme needs --output and the mode {MODES[0]}, or a full run")
 
-    if options.render:
-        where, results = load(folder or RESULTS)
-        report(results, where, folder or RESULTS, options.readme)
-    elif options.compare:
+    if options.compare:
         print_comparison(options.compare, problems, options.rounds)
     elif options.against:
         peer = peers[options.against]
         results = measure(progress(problems), options.rounds, (OURS, peer))
         sys.exit(not all([print_duel(result, peer) for result in results]))
     else:
-        results = list(measure(progress(problems), options.rounds))
-        report(results, machine(), folder, options.readme)
+        where, results = load(options.render) if options.render else (machine(), None)
+        report(where, results or list(measure(progress(problems), options.rounds)), folder, options.readme)
 
 
 def progress(problems: list[tuple[Case, Mode]]) -> Iterator[tuple[Case, Mode]]:
@@ -93,16 +91,17 @@ def progress(problems: list[tuple[Case, Mode]]) -> Iterator[tuple[Case, Mode]]:
         yield case, mode
 
 
-def load(folder: Path) -> tuple[dict[str, Any], list[Result]]:
-    """What an earlier run wrote."""
-    record = json.loads((folder / "speed.json").read_text())
+def load(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """What a run wrote: the machine and the results, whose cases and modes have the titles of today."""
+    record = json.loads(path.read_text())
+    cases, modes = ({item.name: item for item in known} for known in (CASES, MODES))
     return record["machine"], [
-        Result(Case(**r["case"] | {"shape": tuple(r["case"]["shape"])}), Mode(**r["mode"]), r["seconds"], r["absent"])
-        for r in record["results"]
+        Result(cases[each["case"]["name"]], modes[each["mode"]["name"]], each["seconds"], each["absent"])
+        for each in record["results"]
     ]
 
 
-def report(results: list[Result], where: dict[str, Any], folder: Path | None, readme: bool) -> None:
+def report(where: dict[str, Any], results: list[Result], folder: Path | None, readme: bool) -> None:
     """Print the results, write them to a folder, and into the README."""
     panels = {mode.name: list(group) for mode, group in groupby(results, lambda result: result.mode)}
     sections = [
@@ -121,12 +120,11 @@ def report(results: list[Result], where: dict[str, Any], folder: Path | None, re
     (folder / "speed.md").write_text(text)
     draw([panels[name] for name in DRAWN if name in panels] or list(panels.values())[:1], folder / "speed")
     if readme:
-        shown = [result for result in panels[MODES[0].name] if result.case.name in IN_README]
         place = Path(os.path.relpath(folder, ROOT)).as_posix()
         update_readme(
             f"![Speed as a share of a copy, for each case]({place}/speed.png)\n\n"
-            f"{describe(where)}\n\n{table(shown, README_PEERS)}\n\n"
-            f"How it was measured, the other shapes and modes: [{place}/speed.md]({place}/speed.md).\n"
+            f"{brief(panels[MODES[0].name])}\n\n{describe(where)} "
+            f"All shapes, the other modes and how it was measured: [{place}/speed.md]({place}/speed.md).\n"
         )
 
 

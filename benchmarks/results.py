@@ -87,6 +87,22 @@ def table(results: list[Result], peers: Sequence[str] = tuple(PEERS)) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+SHOWN = ("resnet-first", "mask-rcnn", "unet-outer", "vae-512", "unet-3d", "ddpm-8", "wav2vec2", "layer-norm")
+
+
+def brief(results: list[Result]) -> str:
+    """How many times as long as gn_fast the others take, for some cases, and for all in the mean."""
+    names = [LIMIT, *(name for name in PEERS if any(name in result.seconds for result in results))]
+    rows = [["time / gn_fast's", "shape", *names], ["---", "---", *["---:"] * len(names)]]
+    for result in results:
+        if result.case.name in SHOWN:
+            shape = " x ".join(map(str, result.case.shape))
+            rows.append([result.case.model, shape, *(_number(result.ratio(n, result.ours)) for n in names)])
+    means = (geometric_mean([r.ratio(n, r.ours) for r in results if n in r.seconds]) for n in names)
+    rows.append([f"geometric mean of {len(results)} shapes", "", *map(_number, means)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _number(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
 

@@ -1,6 +1,6 @@
 """The documentation is complete, and every example in it runs.
 
-pytest itself runs those of README.md and of the interpreted modules; here are the compiled ones and docs/.
+pytest itself runs those of README.md, of docs/ and of the interpreted modules; here are the compiled ones.
 """
 
 import doctest
@@ -25,7 +25,6 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 PUBLIC = [name for name in gn_fast.__all__ if name != "reference"]
 CLASSES = {name: getattr(gn_fast, name) for name in ("GradientSums", "GroupNorm", "Moments")}
 FUNCTIONS = [name for name in PUBLIC if name not in CLASSES]
-NEEDED = {"dask.md": ["dask", "xarray"], "torch.md": ["torch"]}  # what a page's examples import
 NOTHING_RETURNED = {"clear_pool", "set_num_threads", "num_threads", "use_isa"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -97,7 +96,7 @@ def test_the_reference_has_the_same_arguments(name):
 
 def blocks(page):
     """Language and content of the fenced blocks."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(\S*).*?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 @pages
@@ -107,15 +106,6 @@ def test_every_block_of_python_is_an_example(page):
         if language in ("python", "py", "pycon"):
             assert language == "pycon", f"not run, as it has no prompts: {content}"
             assert content.startswith(">>> ")
-
-
-@pages
-def test_examples_of_a_page_run(page):
-    for needed in NEEDED.get(page.name, []):
-        pytest.importorskip(needed, reason=f"{needed} is not installed")
-    # Without the fences, which doctest would take for expected output.
-    examples = "\n".join(content for language, content in blocks(page) if language == "pycon")
-    run(doctest.DocTestParser().get_doctest(examples, {}, page.name, str(page), 0))
 
 
 def commands(page):
@@ -147,11 +137,37 @@ def test_links_lead_somewhere(page):
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
 
+def anchors(page):
+    """GitHub's names of the headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_links_to_headings_do_too(page):
+    for target, anchor in re.findall(r"\]\((?!https:)([^)#]*)#([^)]+)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors(page.parent / target if target else page), f"{target}#{anchor}"
+
+
 @pages
 def test_files_named_are_there(page):
     text = page.read_text(encoding="utf-8")
     for path in re.findall(r"`((?:src|gn_fast|tests|docs|benchmarks|\.ci)/[^`<>*]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_page_of_the_api_has_all_that_is_public():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"^\.\. auto\w+:: (?:gn_fast\.)?(\w+)$", page, re.MULTILINE))
+    listed = set(re.findall(r"^   (\w+)$", page, re.MULTILINE))
+    assert described == set(gn_fast.__all__)
+    assert listed == set(PUBLIC)
+
+
+def test_every_page_has_its_place():
+    places = [content for language, content in blocks(ROOT / "docs/index.md") if language == "{toctree}"]
+    listed = re.findall(r"^[\w-]+$", "".join(places), re.MULTILINE)
+    assert sorted(["index", *listed]) == sorted(page.stem for page in (ROOT / "docs").glob("*.md"))
 
 
 def test_the_page_of_faults_is_that_of_the_tests():
