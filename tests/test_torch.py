@@ -253,6 +253,12 @@ def test_what_is_changed_in_place_is_noticed():
             y.sum().backward()
 
 
+def test_gradients_that_are_not_stored():
+    x = randn(2, 8, 5, 5)
+    (dx,) = torch.autograd.grad(group_norm(x, 2), x, torch._efficientzerotensor((2, 8, 5, 5)))
+    assert torch.equal(dx, torch.zeros(2, 8, 5, 5))
+
+
 def test_checkpointing():
     from torch.utils.checkpoint import checkpoint
 
