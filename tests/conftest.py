@@ -1,9 +1,14 @@
 """Fixtures that change how gn_fast runs, and put it back."""
 
+import signal
+
 import pytest
 
 import gn_fast
 from gn_fast import _core
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background, whose children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
