@@ -3,6 +3,7 @@
 pytest itself runs those of README.md, of docs/ and of the interpreted modules; here are the compiled ones.
 """
 
+import ast
 import doctest
 import importlib.util
 import inspect
@@ -162,6 +163,16 @@ def test_the_page_of_the_api_has_all_that_is_public():
     listed = set(re.findall(r"^   (\w+)$", page, re.MULTILINE))
     assert described == set(gn_fast.__all__)
     assert listed == set(PUBLIC)
+
+
+@pytest.mark.parametrize("module, file", [("torch", "torch/__init__.py"), ("dask", "dask.py")])
+def test_the_page_of_the_api_has_the_extras_too(module, file):
+    # Read, not imported: the extra may not be installed.
+    source = (ROOT / "gn_fast" / file).read_text(encoding="utf-8")
+    public = ast.literal_eval(re.search(r"^__all__ = (\[.*?\])", source, re.MULTILINE | re.DOTALL)[1])
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    described = re.findall(rf"^\.\. auto\w+:: gn_fast\.{module}\.(\w+)$", page, re.MULTILINE)
+    assert sorted(described) == sorted(public)
 
 
 def test_every_page_has_its_place():
