@@ -54,6 +54,7 @@ KERNEL = [("CYTHON_INLINE", "__inline__ __attribute__((__always_inline__, __unus
 ALL_KNOWN = [
     ([], ["-mno-daz-ftz"]),
     (["-fvisibility=hidden"], []),
+    (["-fno-asynchronous-unwind-tables"], []),  # nothing is thrown through C; they are 19 KB of a wheel
     ([], ["-Wl,-z,relro,-z,now"]),  # the table of other libraries' functions is read-only
     ([], ["-Wl,-z,noexecstack"]),
 ]
@@ -62,13 +63,8 @@ CORE_KNOWN = [(["-fstack-protector-strong"], []), (["-O2"], [])]
 
 # GCC's own: short loops that copy stay loops. As calls of memcpy they would send values through the stack
 # that are in registers (an affine of float32 took 1.4 times as long). No guards on the stack: functions that
-# are called for each run of values have arrays, of fixed places; guards took 5% of a gradient of float16. Nothing is
-# thrown through kernels, and the tables for it are 12 KB of a wheel.
-KERNEL_KNOWN = [
-    (["-fno-tree-loop-distribute-patterns"], []),
-    (["-fno-stack-protector"], []),
-    (["-fno-asynchronous-unwind-tables"], []),
-]
+# are called for each run of values have arrays, of fixed places; guards took 5% of a gradient of float16.
+KERNEL_KNOWN = [(["-fno-tree-loop-distribute-patterns"], []), (["-fno-stack-protector"], [])]
 
 FORTIFIED = (["-D_FORTIFY_SOURCE=2"], [])  # where the compiler or CFLAGS has no level yet
 

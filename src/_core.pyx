@@ -144,9 +144,9 @@ def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, resid
 
     References
     ----------
-    .. [1] Y. Wu and K. He, "Group Normalization", 2018, arXiv:1803.08494, equations 1, 2 and 7.
-    .. [2] T. F. Chan, G. H. Golub and R. J. LeVeque, "Algorithms for computing the sample variance: analysis and
-       recommendations", The American Statistician 37, 1983, equation 2.1.
+    .. [1] Yuxin Wu and Kaiming He, "Group Normalization", 2018, arXiv:1803.08494, equations 1, 2 and 7.
+    .. [2] Tony F. Chan, Gene H. Golub and Randall J. LeVeque, "Algorithms for computing the sample variance: analysis
+       and recommendations", The American Statistician 37, 1983, equation 2.1.
 
     Examples
     --------

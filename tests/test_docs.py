@@ -165,7 +165,7 @@ def test_the_page_of_the_api_has_all_that_is_public():
     assert listed == set(PUBLIC)
 
 
-@pytest.mark.parametrize("module, file", [("torch", "torch/__init__.py"), ("dask", "dask.py")])
+@pytest.mark.parametrize(("module", "file"), [("torch", "torch/__init__.py"), ("dask", "dask.py")])
 def test_the_page_of_the_api_has_the_extras_too(module, file):
     # Read, not imported: the extra may not be installed.
     source = (ROOT / "gn_fast" / file).read_text(encoding="utf-8")
