@@ -47,14 +47,14 @@ def unet() -> tuple[nn.Module, tuple[torch.Tensor, ...], Callable[[Any], torch.T
 
 
 def decoder() -> tuple[nn.Module, tuple[torch.Tensor, ...], Callable[[Any], torch.Tensor]]:
-    """Stable Diffusion's of half the width, to images of 256 x 256."""
+    """Stable Diffusion's of half the width, to images of 128 x 128."""
     import diffusers
 
     model = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(64, 128, 256, 256), layers_per_block=2,
     ).decoder  # fmt: skip
-    return model, (torch.randn(1, 4, 32, 32),), lambda y: y
+    return model, (torch.randn(1, 4, 16, 16),), lambda y: y
 
 
 def wav2vec2() -> tuple[nn.Module, tuple[torch.Tensor, ...], Callable[[Any], torch.Tensor]]:
