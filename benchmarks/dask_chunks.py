@@ -17,7 +17,7 @@ import dask
 import dask.array as da
 import numpy as np
 
-from gn_fast.commands.info import _processor
+from gn_fast.commands.info import information
 from gn_fast.dask import group_norm
 
 GROUPS = 8
@@ -81,7 +81,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(run(*options.one, options.threads, options.rounds)))
         return
-    print(f"{_processor()}, {options.threads} threads, dask {dask.__version__}, {SHAPE} in {GROUPS} groups\n")
+    processor = information()["system"]["processor"]
+    print(f"{processor}, {options.threads} threads, dask {dask.__version__}, {SHAPE} in {GROUPS} groups\n")
     print("| chunks | shape of a chunk | dask's expression / gn_fast | its peak, MiB | gn_fast's peak, MiB |")
     print("| --- | --- | ---: | ---: | ---: |")
     for chunks, shape in CHUNKS.items():

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,11 +21,11 @@ from torch import nn
 
 import gn_fast.torch
 
-from .results import machine
-from .timing import race
-from .worker import ROOT, tune_malloc
+from .report import RESULTS, ROOT, insert
+from .results import machine, markdown
+from .timing import race, turn
+from .worker import tune_malloc
 
-RESULTS = ROOT / "benchmarks" / "results"
 ALLOCATORS = {"tuned": tune_malloc, "glibc's": lambda: None}
 LAYOUTS = {"contiguous": {}, "channels last": {4: torch.channels_last, 5: torch.channels_last_3d}}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -117,15 +117,6 @@ def without_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """The time of one call."""
-    from time import perf_counter
-
-    start = perf_counter()
-    call()
-    return perf_counter() - start
-
-
 def cases() -> Iterator[tuple[str, str, str]]:
     for name, make in MODELS.items():
         for layout in LAYOUTS:
@@ -158,12 +149,12 @@ def measure(name: str, layout: str, dtype: str, rounds: int) -> dict[str, float]
     expected, y = forward(stock).float(), forward(ours).float()
     error = float((y - expected).abs().max() / expected.abs().max())
     assert error < (1e-4 if dtype == "float32" else 0.1), f"{name}: the results differ by {error}"
-    turns = {k: (lambda m=m: seconds(lambda: forward(m))) for k, m in models.items()}
+    turns = {k: partial(turn, partial(forward, m)) for k, m in models.items()}
     times = {k: min(v) for k, v in race(turns, rounds).items()}
     for model in models.values():
         model.train()
         train(model)
-    turns = {k: (lambda m=m: seconds(lambda: train(m))) for k, m in models.items() if k != "without"}
+    turns = {k: partial(turn, partial(train, m)) for k, m in models.items() if k != "without"}
     steps = {k: min(v) for k, v in race(turns, rounds).items()}
     return {
         "forward": times["stock"] / times["ours"], "training": steps["stock"] / steps["ours"],
@@ -190,8 +181,7 @@ def errors() -> list[list[str]]:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown([head, ["---"] * len(head), *rows])
 
 
 def render(found: dict[str, Any]) -> str:
@@ -255,11 +245,8 @@ def main() -> None:
     found["errors"] = errors()
     print(render(found))
     if options.save:
-        Path(RESULTS, "models.json").write_text(json.dumps(found, indent=1) + "\n")
-        page = Path(ROOT, "docs", "torch.md")
-        begin, end = "<!-- models:begin -->\n", "<!-- models:end -->"
-        before, _, after = page.read_text().partition(begin)
-        page.write_text(f"{before}{begin}\n{render(found)}\n{end}{after.partition(end)[2]}")
+        (RESULTS / "models.json").write_text(json.dumps(found, indent=1) + "\n")
+        insert(ROOT / "docs" / "torch.md", "models", render(found))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DRAWN = ("out", "backward")
 QUIET = 1.25  # a spread above it says that the machine was busy with something else
-BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 
 HOW = """\
 Each row is a race of interleaved rounds. Ratios are of minima. The spread is the third quartile of the times
@@ -79,8 +78,12 @@ def main() -> None:
         results = measure(progress(problems), options.rounds, (OURS, peer))
         sys.exit(not all([print_duel(result, peer) for result in results]))
     else:
-        where, results = load(options.render) if options.render else (machine(), None)
-        report(where, results or list(measure(progress(problems), options.rounds)), folder, options.readme)
+        if options.render:
+            where, results = load(options.render)
+        else:
+            results = list(measure(progress(problems), options.rounds))
+            where = machine()  # and the load of these minutes
+        report(where, results, folder, options.readme)
 
 
 def progress(problems: list[tuple[Case, Mode]]) -> Iterator[tuple[Case, Mode]]:
@@ -121,19 +124,22 @@ def report(where: dict[str, Any], results: list[Result], folder: Path | None, re
     draw([panels[name] for name in DRAWN if name in panels] or list(panels.values())[:1], folder / "speed")
     if readme:
         place = Path(os.path.relpath(folder, ROOT)).as_posix()
-        update_readme(
+        insert(
+            ROOT / "README.md",
+            "speed",
             f"![Speed as a share of a copy, for each case]({place}/speed.png)\n\n"
             f"{brief(panels[MODES[0].name])}\n\n{describe(where)} "
-            f"All shapes, the other modes and how it was measured: [{place}/speed.md]({place}/speed.md).\n"
+            f"All shapes, the other modes and how it was measured: [{place}/speed.md]({place}/speed.md).\n",
         )
 
 
-def update_readme(text: str, path: Path = ROOT / "README.md") -> None:
-    """Replace what stands between the markers."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+def insert(path: Path, name: str, text: str) -> None:
+    """Replace what stands between a page's markers of this name."""
+    markers = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = path.read_text().partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not end:
-        raise SystemExit(f"{path} has no lines {BEGIN} and {END}")
+        raise SystemExit(f"{path} has no lines {' and '.join(markers)}")
     path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 

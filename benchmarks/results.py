@@ -65,9 +65,14 @@ def measure(
 # ---- what is said ----------------------------------------------------------------------------------------
 
 
-def table(results: list[Result], peers: Sequence[str] = tuple(PEERS)) -> str:
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def table(results: list[Result]) -> str:
     """The cases of one mode as a Markdown table."""
-    peers = [name for name in peers if any(name in result.seconds for result in results)]
+    peers = [name for name in PEERS if any(name in result.seconds for result in results)]
     over = [f"{OURS} / {name}" for name in (COPY, LIMIT)]
     rows = [
         ["case", "shape", "groups", *over, "spread", *(f"{name} / {OURS}" for name in peers)],
@@ -84,7 +89,7 @@ def table(results: list[Result], peers: Sequence[str] = tuple(PEERS)) -> str:
                 *(_number(result.ratio(name, result.ours)) for name in peers),
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 SHOWN = ("resnet-first", "mask-rcnn", "unet-outer", "vae-512", "unet-3d", "ddpm-8", "wav2vec2", "layer-norm")
@@ -100,7 +105,7 @@ def brief(results: list[Result]) -> str:
             rows.append([result.case.model, shape, *(_number(result.ratio(n, result.ours)) for n in names)])
     means = (geometric_mean([r.ratio(n, r.ours) for r in results if n in r.seconds]) for n in names)
     rows.append([f"geometric mean of {len(results)} shapes", "", *map(_number, means)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def _number(ratio: float | None) -> str:

@@ -61,15 +61,15 @@ static void *gn_wait(void *gate) {
     return NULL;
 }
 static int gn_can_start(int threads) { /* threads - gn_started of them, each waiting for the gate */
+    if (threads <= gn_started) return 1;
     pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER;
-    int wanted = threads - gn_started, count = 0, i;
-    pthread_t *each = wanted > 0 ? (pthread_t *)malloc((size_t)wanted * sizeof(pthread_t)) : NULL;
-    if (wanted <= 0) return 1;
+    int wanted = threads - gn_started, count = 0;
+    pthread_t *each = (pthread_t *)malloc((size_t)wanted * sizeof(pthread_t));
     if (!each) return 0;
     pthread_mutex_lock(&gate);
     while (count < wanted && !pthread_create(&each[count], NULL, gn_wait, &gate)) count++;
     pthread_mutex_unlock(&gate);
-    for (i = 0; i < count; i++) pthread_join(each[i], NULL);
+    for (int i = 0; i < count; i++) pthread_join(each[i], NULL);
     free(each);
     if (count == wanted) gn_started = threads;
     return count == wanted;

@@ -5,7 +5,6 @@ It only uses the public functions; serious measurements live with the benchmarks
 
 import argparse
 import time
-import tokenize
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 import gn_fast
 from gn_fast import reference
 
-from .terminal import one_line
+from .npy import DAMAGED
+from .terminal import blamed
 
 Array = NDArray[Any]
 
@@ -45,10 +45,8 @@ def add_command(commands: Any) -> None:
 
 def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     groups = arguments.groups
-    try:
+    with blamed(parser, f"--input: {arguments.input}"):
         x = _example() if arguments.input is None else _load(arguments.input)
-    except (OSError, ValueError, MemoryError) as error:
-        parser.error(f"argument --input: {arguments.input}: {one_line(error)}")
     if groups < 1 or x.shape[1] % groups:
         parser.error(f"argument --groups: {groups} does not divide the {x.shape[1]} channels")
 
@@ -80,7 +78,7 @@ def _load(path: Path) -> Array:
     with path.open("rb") as file:
         try:
             x: Array = np.lib.format.read_array(file, allow_pickle=False)
-        except (SyntaxError, tokenize.TokenError):  # NumPy lets these out of a damaged header
+        except DAMAGED:
             raise ValueError("the header of the file is damaged") from None
     if x.dtype.kind not in "biuf" or (x.dtype.kind == "f" and x.dtype.itemsize > 8):
         raise ValueError(f"the dtype must be a real one of at most 64 bits, it is {x.dtype}")

@@ -13,7 +13,6 @@ import os
 import re
 import signal
 import stat
-import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ import numpy as np
 import gn_fast
 from gn_fast import Moments
 
-from .npy import Array, Header, Piece, Source, read_header, typed, whole_file, write_header
+from .npy import DAMAGED, Array, Header, Piece, Source, read_header, typed, whole_file, write_header
 from .terminal import Advance, blamed, number_from_1, progress
 
 MIB = 1 << 20
@@ -366,7 +365,7 @@ def _parameters(path: Path, bfloat16: bool) -> dict[str, Array]:
                     f"its arrays must be weight, bias or both, not {', '.join(unknown) or 'none'}"
                 )
             parameters = dict(archive)
-    except (EOFError, SyntaxError, tokenize.TokenError, zipfile.BadZipFile, zlib.error):
+    except (EOFError, *DAMAGED, zipfile.BadZipFile, zlib.error):
         raise ValueError("the file is damaged") from None
     return {name: a.view(typed(a.dtype, bfloat16)) for name, a in parameters.items()}
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+DAMAGED = (SyntaxError, tokenize.TokenError)  # what NumPy lets out of a damaged header
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -60,7 +62,7 @@ def read_header(file: BufferedReader, bfloat16: bool) -> Header:
         shape, fortran_order, dtype = read(file)
     except KeyError:
         raise ValueError(f"version {version} of the format is for arrays of structures") from None
-    except (SyntaxError, tokenize.TokenError):  # NumPy lets these out of a damaged header
+    except DAMAGED:
         raise ValueError("the header of the file is damaged") from None
     if dtype.hasobject:
         raise ValueError("the file is of Python objects, not of numbers")

@@ -57,7 +57,7 @@ def group_norm(
 def gradients(
     dy: Tensor,
     tensors: Sequence[Tensor | None],
-    wanted: Sequence[bool],
+    wanted: Sequence[bool],  # False where there is no tensor
     num_groups: int,
     eps: float,
     activation: Activation,
@@ -68,8 +68,6 @@ def gradients(
         # Views: an argument that is given twice, x as its own residual, has two gradients.
         views = [None if t is None else t.view_as(t) for t in tensors]
         y = group_norm(*views, num_groups, eps, activation)  # type: ignore[arg-type, call-arg]
-        asked = [v for v, want in zip(views, wanted, strict=True) if want and v is not None]
-        found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))
-    return tuple(
-        next(found) if want and v is not None else None for v, want in zip(views, wanted, strict=True)
-    )
+        asked = [v for v, want in zip(views, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))  # type: ignore[arg-type]
+    return tuple(next(found) if want else None for want in wanted)

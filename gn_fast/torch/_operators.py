@@ -76,10 +76,9 @@ def _fake_with_moments(input, num_groups, *_):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("gn_fast::group_norm_backward")
 def _fake_backward(dy, input, num_groups, weight, bias, eps, activation, slope, residual, mean, m2):  # type: ignore[no-untyped-def]
-    empty = input.new_empty(0)
     return (
         _arrays.empty_like(input),
-        empty if weight is None else torch.empty_like(weight),
+        input.new_empty(0) if weight is None else torch.empty_like(weight),
         input.new_empty(0) if bias is None else torch.empty_like(bias),
         input.new_empty(0) if residual is None else _arrays.empty_like(input).to(residual.dtype),
     )
@@ -104,15 +103,8 @@ def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
     if mean is None:
         _, mean, m2 = torch.ops.gn_fast.group_norm_with_moments(*arguments)
     found = torch.ops.gn_fast.group_norm_backward(dy, *arguments, mean, m2)
-    dx, dw, db, dr = (
-        d if t is not None and need else None
-        for t, d, need in zip(
-            (input, weight, bias, residual),
-            found,
-            [ctx.needs_input_grad[i] for i in (0, 2, 3, 7)],
-            strict=True,
-        )
-    )
+    needed = (ctx.needs_input_grad[i] for i in (0, 2, 3, 7))
+    dx, dw, db, dr = (d if need else None for d, need in zip(found, needed, strict=True))
     return dx, None, dw, db, None, None, None, dr
 
 
@@ -128,7 +120,7 @@ def _second_gradient(ctx: Any, *ddx: Tensor | None) -> tuple[Any, ...]:
         tensors: list[Any]
         dy: Any
         dy, *tensors = (None if t is None else t.detach().requires_grad_() for t in saved)
-        found = _composed.gradients(dy, tensors, [True] * 4, *ctx.call)
+        found = _composed.gradients(dy, tensors, [t is not None for t in tensors], *ctx.call)
         pairs = [(f, d) for f, d in zip(found, ddx, strict=True) if f is not None and d is not None]
         leaves = [t for t in (dy, *tensors) if t is not None]
         grads = iter(
