@@ -378,10 +378,11 @@ def _chunked(value: Any, chunks: tuple[Any, ...]) -> Any:
 
 def _fields(statistics: Any) -> list[Any]:
     """Arrays of statistics' parts, of one that has them as elements."""
-    return [
-        statistics.map_blocks(operator.itemgetter(name), token=name, dtype=dtype, meta=np.empty((0, 0), dtype))
-        for name, (dtype, _) in statistics.dtype.fields.items()
-    ]
+    parts = []
+    for name, (dtype, _) in statistics.dtype.fields.items():
+        field, meta = operator.itemgetter(name), np.empty((0, 0), dtype)
+        parts.append(da.blockwise(field, (0, 1), statistics, (0, 1), token=name, dtype=dtype, meta=meta))
+    return parts
 
 
 def _whole_groups(chunks: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -398,16 +399,35 @@ def _whole_groups(chunks: tuple[int, ...], size: int) -> tuple[int, ...]:
 def _arguments(
     blocks: tuple[Block, ...], names: tuple[str, ...], size: int, num_groups: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Those of gn_fast's function for NumPy."""
+    """Those of gn_fast's function for NumPy, x in C order.
+
+    Bits follow from the order of memory of x, which a chunk may lose on its way to another worker or to disk:
+    pickle make C order of all that is not contiguous.
+    """
     given: dict[str, Any] = dict(zip(names, blocks, strict=True))
     for name in given.keys() & {"moments", "sums"}:
         given[name] = _unpacked(given[name])
-    channels = given["x"].shape[options["axis"]]
+    given["x"] = x = given["x"] if _has_c_order(given["x"]) else np.ascontiguousarray(given["x"])
+    channels = x.shape[options["axis"]]
     return given | options | {"num_groups": channels // size if size else num_groups}
 
 
+def _has_c_order(a: Block) -> bool:
+    steps = [abs(stride) for stride, size in zip(a.strides, a.shape, strict=True) if size > 1 and stride]
+    return steps == sorted(steps, reverse=True)
+
+
+def _in_order_of(x: Block, result: Block) -> Block:
+    if _has_c_order(x):
+        return result
+    ordered = np.empty_like(x, result.dtype)
+    ordered[...] = result
+    return ordered
+
+
 def _norm(*blocks: Block, **more: Any) -> Any:
-    return gn_fast.group_norm(**_arguments(blocks, **more))
+    x, *_ = blocks
+    return _in_order_of(x, gn_fast.group_norm(**_arguments(blocks, **more)))
 
 
 def _moments(*blocks: Block, **more: Any) -> Block:
@@ -423,10 +443,12 @@ def _sums(*blocks: Block, **more: Any) -> Block:
 
 def _gradients(*blocks: Block, **more: Any) -> tuple[Any, ...]:
     """dx, the sums that dweight and dbias are made of, and dresidual if there is a residual."""
+    x, *_ = blocks
     given = _arguments(blocks, **more)
     for name in given.keys() & {"weight", "bias"}:
         given[name] = given[name].astype(np.float64)  # so that its gradient is not rounded before it is whole
     dx, dweight, dbias, *dresidual = gn_fast.group_norm_backward(**given)
+    dx, *dresidual = (_in_order_of(x, result) for result in (dx, *dresidual))
     return dx, _table(dweight), _table(dbias), *dresidual
 
 

@@ -270,6 +270,18 @@ def test_chunks_keep_their_order_of_memory():
                 assert np.all(last == (layout == "channels-last"))
 
 
+def test_bits_do_not_depend_on_an_order_of_memory_that_is_lost_on_the_way_to_a_worker():
+    arguments, dy, residual = problem(shape=(2, 8, 40, 30))
+    arguments |= {"residual": residual, "activation": "silu"}
+    for chunks in (1, 8, 40, 30), (2, 3, 13, 11):
+        chunked = in_chunks(arguments, chunks)
+        kept, moved = (
+            both_ways(chunked | {"x": chunked["x"].map_blocks(in_layout, layout, dtype=np.float32)}, dy)
+            for layout in LAYOUTS
+        )
+        assert digest_of(dask.compute(*kept)) == digest_of(dask.compute(*moved))
+
+
 @pytest.mark.parametrize("threads", [None, 2])
 def test_tasks_have_one_thread_or_as_many_as_asked(monkeypatch, threads):
     seen = []
