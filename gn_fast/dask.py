@@ -227,9 +227,8 @@ class _Call:
         self.options = options | {"axis": axis}
         self.num_groups = int(num_groups)
         self.size = x.shape[axis] // self.num_groups  # channels of a group
-        chunks = [tuple(filter(None, sizes)) or (0,) for sizes in x.chunks]  # empty ones have nothing to do
-        chunks[axis] = _whole_groups(chunks[axis], self.size)
-        x = x.rechunk(tuple(chunks))
+        x = _array(x)
+        x = x.rechunk({axis: _whole_groups(x.chunks[axis], self.size)})
         self.groups = tuple(c // self.size if self.size else self.num_groups for c in x.chunks[axis])
         self.dtype = x.dtype.newbyteorder("=") if x.dtype.kind not in "iub" else np.dtype(np.float64)
         self.index = tuple(range(x.ndim))
@@ -368,7 +367,10 @@ def _stand_in(name: str, value: Any) -> Any:
 
 
 def _array(value: Any) -> Any:
-    return value if isinstance(value, da.Array) else np.asarray(value)
+    """Of dask, without chunks of nothing, or of NumPy."""
+    if not isinstance(value, da.Array):
+        return np.asarray(value)
+    return value.rechunk(tuple(tuple(filter(None, sizes)) or (0,) for sizes in value.chunks))
 
 
 def _chunked(value: Any, chunks: tuple[Any, ...]) -> Any:
@@ -402,7 +404,7 @@ def _arguments(
     """Those of gn_fast's function for NumPy, x in C order.
 
     Bits follow from the order of memory of x, which a chunk may lose on its way to another worker or to disk:
-    pickle make C order of all that is not contiguous.
+    distributed makes C order of all that is not contiguous.
     """
     given: dict[str, Any] = dict(zip(names, blocks, strict=True))
     for name in given.keys() & {"moments", "sums"}:
