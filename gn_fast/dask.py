@@ -192,9 +192,7 @@ def group_norm_backward(
     gradients = call.tasks("group-norm-backward", _gradients, call.dtype)  # whose blocks are tuples
     dx = call.item(gradients, 0, call.dtype)
     if call.has_whole_slabs:
-        dweight, dbias = (
-            call.item_of_parameter(gradients, i, name) for i, name in ((1, "weight"), (2, "bias"))
-        )
+        dweight, dbias = (call.item_of_parameter(gradients, i, name) for i, name in ((1, "weight"), (2, "bias")))
     else:
         dweight, dbias = _fields(call.arrays["sums"][0])
     found = dx, call.gradient_of("weight", weight, dweight), call.gradient_of("bias", bias, dbias)
@@ -229,9 +227,8 @@ class _Call:
         self.options = options | {"axis": axis}
         self.num_groups = int(num_groups)
         self.size = x.shape[axis] // self.num_groups  # channels of a group
-        chunks = [tuple(filter(None, sizes)) or (0,) for sizes in x.chunks]  # empty ones have nothing to do
-        chunks[axis] = _whole_groups(chunks[axis], self.size)
-        x = x.rechunk(tuple(chunks))
+        x = _array(x)
+        x = x.rechunk({axis: _whole_groups(x.chunks[axis], self.size)})
         self.groups = tuple(c // self.size if self.size else self.num_groups for c in x.chunks[axis])
         self.dtype = x.dtype.newbyteorder("=") if x.dtype.kind not in "iub" else np.dtype(np.float64)
         self.index = tuple(range(x.ndim))
@@ -242,18 +239,18 @@ class _Call:
         self.arrays: dict[str, tuple[Any, tuple[int, ...]]] = {"x": (x, self.index)}
         for name, value in (("dy", dy), ("residual", residual)):
             if value is not None:
-                self.arrays[name] = da.asarray(value).rechunk(x.chunks), self.index
+                self.arrays[name] = _chunked(value, x.chunks), self.index
         for name, value in (("weight", weight), ("bias", bias)):
             if value is not None:
-                self.arrays[name] = self.parameter(da.asarray(value))
+                self.arrays[name] = self.parameter(_array(value))
         if mask is not None:
-            whole = da.asarray(mask)
+            whole = _array(mask)
             whole = whole[(None,) * (x.ndim - whole.ndim)]
             cut = tuple(x.chunks[i] if size > 1 else (size,) for i, size in enumerate(whole.shape))
-            self.arrays["mask"] = whole.rechunk(cut), self.index
+            self.arrays["mask"] = _chunked(whole, cut), self.index
         if moments is not None:
             slabs = x.chunks[0], self.groups
-            fields = [da.asarray(getattr(moments, field)).rechunk(slabs) for field in _MOMENTS.names or ()]
+            fields = [_chunked(getattr(moments, field), slabs) for field in _MOMENTS.names or ()]
             self.use(
                 "moments",
                 da.map_blocks(_packed_fields, *fields, dtype=_MOMENTS, meta=np.empty((0, 0), _MOMENTS)),
@@ -263,11 +260,11 @@ class _Call:
         """A weight or bias as (), (C,) or (N, C), without its ones."""
         x = self.arrays["x"][0]
         if a.ndim == 0:
-            return a, ()
+            return _chunked(a, ()), ()
         n, c = x.shape[0], x.shape[self.axis]
         if a.size == c:
-            return a.reshape(c).rechunk((x.chunks[self.axis],)), (self.axis,)
-        return a.reshape(n, c).rechunk((x.chunks[0], x.chunks[self.axis])), (0, self.axis)
+            return _chunked(a.reshape(c), (x.chunks[self.axis],)), (self.axis,)
+        return _chunked(a.reshape(n, c), (x.chunks[0], x.chunks[self.axis])), (0, self.axis)
 
     def use(self, name: str, statistics: Any) -> None:
         self.arrays[name] = statistics, (0, self.axis)
@@ -282,9 +279,7 @@ class _Call:
         )
         pairs = [each for pair in arrays.values() for each in pair]
         meta = np.empty((0,) * len(self.index), dtype)
-        return da.blockwise(
-            work, self.index, *pairs, token=token, align_arrays=False, dtype=dtype, meta=meta, **adjust
-        )
+        return da.blockwise(work, self.index, *pairs, token=token, align_arrays=False, dtype=dtype, meta=meta, **adjust)
 
     def find_moments(self) -> None:
         """Use the moments of the slabs, merged from those of chunks, unless they are given."""
@@ -332,12 +327,14 @@ class _Call:
         """A weight's or bias's gradient, of its shape, dtype and chunks."""
         if given is None:
             return None
-        given = da.asarray(given)
+        given = _array(given)
         _, index = self.arrays[name]
         axes = tuple(i for i, d in enumerate((0, self.axis)) if d not in index)
-        total = sums.sum(axis=axes, split_every=_FAN_IN) if axes else sums
+        total = sums
+        if axes:
+            total = da.reduction(sums, _total, _total, axis=axes, dtype=np.float64, split_every=_FAN_IN, name="total")
         dtype = given.dtype.newbyteorder("=") if given.dtype.kind not in "iub" else np.dtype(np.float64)
-        return total.reshape(given.shape).rechunk(given.chunks).map_blocks(_rounded, dtype, dtype=dtype)
+        return total.reshape(given.shape).rechunk(getattr(given, "chunks", -1)).map_blocks(_rounded, dtype, dtype=dtype)
 
 
 def _check(dy: Any, x: Any, num_groups: Any, arrays: dict[str, Any], options: dict[str, Any]) -> None:
@@ -362,22 +359,32 @@ def _stand_in(name: str, value: Any) -> Any:
         return value
     if any(map(math.isnan, value.shape)):
         raise ValueError(
-            f"{name} must have chunks of known sizes, not shape {value.shape}: {name}.compute_chunk_sizes() "
-            "finds them"
+            f"{name} must have chunks of known sizes, not shape {value.shape}: {name}.compute_chunk_sizes() finds them"
         )
     if type(value._meta) is not np.ndarray:
         return value._meta
     return np.broadcast_to(np.zeros((), value.dtype), value.shape)
 
 
+def _array(value: Any) -> Any:
+    """Of dask, without chunks of nothing, or of NumPy."""
+    if not isinstance(value, da.Array):
+        return np.asarray(value)
+    return value.rechunk(tuple(tuple(filter(None, sizes)) or (0,) for sizes in value.chunks))
+
+
+def _chunked(value: Any, chunks: tuple[Any, ...]) -> Any:
+    """A dask array in these chunks, into which one of NumPy is cut at once: on the way dask may choose others."""
+    return value.rechunk(chunks) if isinstance(value, da.Array) else da.from_array(np.asarray(value), chunks)
+
+
 def _fields(statistics: Any) -> list[Any]:
     """Arrays of statistics' parts, of one that has them as elements."""
-    return [
-        statistics.map_blocks(
-            operator.itemgetter(name), token=name, dtype=dtype, meta=np.empty((0, 0), dtype)
-        )
-        for name, (dtype, _) in statistics.dtype.fields.items()
-    ]
+    parts = []
+    for name, (dtype, _) in statistics.dtype.fields.items():
+        field, meta = operator.itemgetter(name), np.empty((0, 0), dtype)
+        parts.append(da.blockwise(field, (0, 1), statistics, (0, 1), token=name, dtype=dtype, meta=meta))
+    return parts
 
 
 def _whole_groups(chunks: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -394,16 +401,35 @@ def _whole_groups(chunks: tuple[int, ...], size: int) -> tuple[int, ...]:
 def _arguments(
     blocks: tuple[Block, ...], names: tuple[str, ...], size: int, num_groups: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Those of gn_fast's function for NumPy."""
+    """Those of gn_fast's function for NumPy, x in C order.
+
+    Bits follow from the order of memory of x, which a chunk may lose on its way to another worker or to disk:
+    distributed makes C order of all that is not contiguous.
+    """
     given: dict[str, Any] = dict(zip(names, blocks, strict=True))
     for name in given.keys() & {"moments", "sums"}:
         given[name] = _unpacked(given[name])
-    channels = given["x"].shape[options["axis"]]
+    given["x"] = x = given["x"] if _has_c_order(given["x"]) else np.ascontiguousarray(given["x"])
+    channels = x.shape[options["axis"]]
     return given | options | {"num_groups": channels // size if size else num_groups}
 
 
+def _has_c_order(a: Block) -> bool:
+    steps = [abs(stride) for stride, size in zip(a.strides, a.shape, strict=True) if size > 1 and stride]
+    return steps == sorted(steps, reverse=True)
+
+
+def _in_order_of(x: Block, result: Block) -> Block:
+    if _has_c_order(x):
+        return result
+    ordered = np.empty_like(x, result.dtype)
+    ordered[...] = result
+    return ordered
+
+
 def _norm(*blocks: Block, **more: Any) -> Any:
-    return gn_fast.group_norm(**_arguments(blocks, **more))
+    x, *_ = blocks
+    return _in_order_of(x, gn_fast.group_norm(**_arguments(blocks, **more)))
 
 
 def _moments(*blocks: Block, **more: Any) -> Block:
@@ -419,10 +445,12 @@ def _sums(*blocks: Block, **more: Any) -> Block:
 
 def _gradients(*blocks: Block, **more: Any) -> tuple[Any, ...]:
     """dx, the sums that dweight and dbias are made of, and dresidual if there is a residual."""
+    x, *_ = blocks
     given = _arguments(blocks, **more)
     for name in given.keys() & {"weight", "bias"}:
         given[name] = given[name].astype(np.float64)  # so that its gradient is not rounded before it is whole
     dx, dweight, dbias, *dresidual = gn_fast.group_norm_backward(**given)
+    dx, *dresidual = (_in_order_of(x, result) for result in (dx, *dresidual))
     return dx, _table(dweight), _table(dbias), *dresidual
 
 
@@ -434,6 +462,11 @@ def _item(block: Any, i: int) -> Any:
     while isinstance(block, list):  # of the one block of dimensions that go
         (block,) = block
     return block[i]
+
+
+def _total(sums: Block, axis: Any, keepdims: bool) -> Any:
+    with np.errstate(all="ignore"):  # infinities of both signs are NaN
+        return sums.sum(axis=axis, keepdims=keepdims)
 
 
 def _rounded(total: Block, dtype: Any) -> Any:
