@@ -9,8 +9,6 @@ from gn_fast.gradient_sums import GradientSums
 from gn_fast.moments import Moments
 
 cimport numpy as cnp
-from cpython.object cimport PyTypeObject
-from cpython.ref cimport Py_INCREF, PyObject
 from libc.float cimport DBL_MAX, FLT_MAX
 from libc.math cimport NAN
 from libc.stdint cimport int64_t
@@ -25,6 +23,7 @@ include "pool.pxi"
 include "arguments.pxi"
 include "layout.pxi"
 include "plan.pxi"
+include "tensors.pxi"
 
 
 def _config():
@@ -34,39 +33,6 @@ def _config():
         "caches": {"level 2": L2_BYTES, "last level": LAST_LEVEL_BYTES},
         "pool": {"limit": gn_pool_limit, "kept": gn_pool_kept()},
     }
-
-
-cdef extern from "numpy/arrayobject.h":  # numpy.pxd leaves it out
-    object PyArray_NewFromDescr(PyTypeObject *, cnp.dtype, int, const cnp.npy_intp *, const cnp.npy_intp *, void *, int,
-                                PyObject *)
-
-
-def _array_of(tensor, dict dtypes):
-    """A PyTorch tensor's memory as an array, of the NumPy dtype of its dtype.
-
-    `Tensor.numpy` takes twice as long, for bfloat16 four times, and leaves a storage that cannot be resized.
-    """
-    cdef cnp.npy_intp shape[MAX_SPATIAL + 2]
-    cdef cnp.npy_intp strides[MAX_SPATIAL + 2]
-    cdef cnp.dtype dtype = dtypes[tensor.dtype]
-    cdef int ndim, i
-    cdef cnp.ndarray a
-    if not tensor.is_cpu:
-        raise ValueError(f"a tensor must be on the CPU, not on {tensor.device}")
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    sizes, steps = tensor.shape, tensor.stride()
-    ndim = len(sizes)
-    if ndim > MAX_SPATIAL + 2:
-        raise ValueError(f"a tensor may have {MAX_SPATIAL + 2} dimensions at most, not {ndim}")
-    for i in range(ndim):
-        shape[i] = sizes[i]
-        strides[i] = <cnp.npy_intp> steps[i] * dtype.itemsize
-    Py_INCREF(dtype)  # which the array takes
-    a = PyArray_NewFromDescr(<PyTypeObject *> cnp.ndarray, dtype, ndim, shape, strides,
-                             <void *> <size_t> tensor.data_ptr(), cnp.NPY_ARRAY_WRITEABLE, NULL)
-    cnp.set_array_base(a, tensor)
-    return a
 
 
 def group_norm(x, num_groups, weight=None, bias=None, eps=1e-5, *, axis=1, residual=None, activation=None,

@@ -3,7 +3,7 @@
 import sys
 
 from cpython.pycapsule cimport PyCapsule_New
-from cpython.ref cimport Py_INCREF, PyTypeObject
+from cpython.ref cimport Py_INCREF, PyObject, PyTypeObject
 
 cdef extern from "pool.h" nogil:
     ctypedef struct PyDataMem_Handler:

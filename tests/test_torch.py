@@ -163,6 +163,10 @@ LAYOUTS = {
     "one column": lambda x: x[..., :1],
     "one row, channels last": lambda x: x[..., :1, :].contiguous(memory_format=torch.channels_last),
     "one channel": lambda x: x[:, :1].to(memory_format=torch.channels_last),
+    "one position, pooled": lambda x: x.to(memory_format=torch.channels_last).mean((2, 3), keepdim=True),
+    "one row of any stride": lambda x: x[..., :1, :].contiguous().as_strided((2, 8, 1, 6), (48, 6, 7, 1)),
+    "one sample of any stride": lambda x: x[:1].contiguous().as_strided((1, 8, 6, 6), (5, 36, 6, 1)),
+    "one position of any strides": lambda x: x[..., :1, :1].contiguous().as_strided((2, 8, 1, 1), (8, 1, 3, 0)),
 }
 
 
@@ -192,10 +196,11 @@ def test_three_dimensions_keep_channels_last():
 
 
 def test_storages_stay_resizable():
-    x, w = plain(2, 8, 6, 6), plain(8)
-    y = group_norm(x, 2, w)
-    for t in (x, w, y):
-        t.resize_(1000)
+    x, w, b = randn(2, 8, 6, 6), randn(8), randn(8)
+    y = group_norm(x, 2, w, b)
+    gradients = torch.autograd.grad(y.sum(), (x, w, b))
+    for t in (x, w, b, y, *gradients):
+        t.detach().resize_(1000)
 
 
 def test_negative_views():
@@ -251,6 +256,37 @@ def test_what_is_changed_in_place_is_noticed():
             changed.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
+
+
+def test_a_residual_without_an_activation_may_be_changed_in_place():
+    """As after a sum, whose terms are not needed again."""
+    x, r = randn(2, 8, 5, 5), randn(2, 8, 5, 5)
+    for call in (group_norm, torch.compile(group_norm, backend="aot_eager")):
+        y = call(x, 2, residual=r)
+        with torch.no_grad():
+            r.mul_(2)
+        assert torch.equal(torch.autograd.grad(y.sum(), r)[0], torch.ones_like(r))
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("residual", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_of_another_dtype(dtype, residual, activation):
+    x, r = randn(2, 8, 5, 5, dtype=dtype), randn(2, 8, 5, 5, dtype=residual)
+    y = group_norm(x, 2, activation=activation, residual=r)
+    found = torch.autograd.grad(y.sum(), (x, r))
+    assert [y.dtype, *(d.dtype for d in found)] == [dtype, dtype, residual]
+    expected = torch.autograd.grad(stock(x, 2, activation=activation, residual=r).sum(), r)[0]
+    coarser = max(dtype, residual, key=lambda d: torch.finfo(d).eps)
+    assert_close(found[1].to(coarser), expected.to(coarser), **tolerance(coarser))
+
+
+def test_memory_that_is_gone_is_not_read():
+    gone = torch.ones(8)
+    gone.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="has no memory"):
+        group_norm(plain(2, 8, 5), 2, gone)
+    assert_close(group_norm(plain(2, 8, 5), 2, torch._efficientzerotensor(8)), torch.zeros(2, 8, 5))
 
 
 def test_gradients_that_are_not_stored():
@@ -379,6 +415,56 @@ def test_nothing_is_baked_in():
     assert torch.equal(traced(x + w[:, None, None], w), call(x + w[:, None, None], w))
 
 
+def test_a_module_is_traced_with_its_gradients():
+    norm, x = gn_fast.torch.GroupNorm(2, 8), plain(2, 8, 5, 5)
+    assert torch.equal(torch.jit.trace(norm, (x,))(x + 1), norm(x + 1))
+
+
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(lambda x, w: f(x, w).sin().sum(), (0, 1)),
+    "jvp": lambda f: lambda x, w: torch.func.jvp(f, (x, w), (x.cos(), w.cos())),
+    "vmap": lambda f: lambda x, w: torch.vmap(f, (None, 0))(x, torch.stack([w, w + 1])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transformations_in_compiled_code(transform):
+    x, w = plain(2, 8, 5, dtype=torch.float64), plain(8, dtype=torch.float64)
+    ours = TRANSFORMS[transform](lambda x, w: group_norm(x, 2, w, activation="silu"))
+    theirs = TRANSFORMS[transform](lambda x, w: stock(x, 2, w, activation="silu"))
+    assert_close(torch.compile(ours, backend="aot_eager", fullgraph=True)(x, w), theirs(x, w))
+
+
+def test_tangents_in_compiled_code():
+    import torch.autograd.forward_ad as fwAD
+
+    x = plain(2, 8, 5, dtype=torch.float64)
+    with fwAD.dual_level():
+        dual = fwAD.make_dual(x, x.cos())
+        ours, theirs = torch.compile(group_norm, backend="eager")(dual, 2), F.group_norm(dual, 2)
+        assert_close(fwAD.unpack_dual(ours).tangent, fwAD.unpack_dual(theirs).tangent)
+
+
+def test_third_derivatives_by_the_operators():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Passing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    def third(norm):
+        x = randn(2, 4, 3, dtype=torch.float64)
+        y = norm(x, 2).sin().sum()
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y, x, create_graph=True)
+            y = y.sin().sum()
+        return y
+
+    with Passing():
+        ours = third(group_norm)
+    assert_close(ours, third(stock))
+
+
 def test_fake_and_meta_tensors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -474,6 +560,12 @@ def test_errors_are_of_stocks_types(case):
         x, groups = make()
         with pytest.raises(theirs.type):
             group_norm(transform(x), groups, **kwargs)
+
+
+def test_tensors_are_on_one_device():
+    for x, w in ((plain(2, 8, 5), plain(8).to("meta")), (plain(2, 8, 5).to("meta"), plain(8))):
+        with pytest.raises(RuntimeError, match="weight must be on input's device"):
+            group_norm(x, 2, w)
 
 
 def test_errors_say_what_does_not_fit():

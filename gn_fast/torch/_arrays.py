@@ -6,26 +6,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from torch import Tensor, get_num_threads
+from torch import Tensor, contiguous_format, get_num_threads
 from torch._prims_common import suggest_memory_format
 
 import gn_fast
-from gn_fast._core import _array_of as array_of
-from gn_fast._core import group_norm
+from gn_fast._core import _Tensors, group_norm
 
 Activation = str | tuple[str, float] | None
 
-DTYPES = {
-    torch.float16: np.dtype(np.float16),
-    torch.bfloat16: np.dtype(ml_dtypes.bfloat16),
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-}
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+array_of = _Tensors(Tensor, np.dtype(ml_dtypes.bfloat16)).array  # the tensor's memory
 
 
 def array(tensor: Tensor | None) -> Any:
     """The tensor's memory as an array."""
-    return None if tensor is None else array_of(tensor, DTYPES)
+    return None if tensor is None else array_of(tensor)
 
 
 def tensor(array: Any, dtype: torch.dtype) -> Tensor:
@@ -37,8 +32,6 @@ def tensor(array: Any, dtype: torch.dtype) -> Tensor:
 
 def empty_like(input: Tensor) -> Tensor:
     """Where a result goes: of the strides that PyTorch's own group norm gives it."""
-    if input.is_contiguous():
-        return torch.empty_like(input)
     return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
 
@@ -52,12 +45,13 @@ def forward(
     residual: Tensor | None,
 ) -> Tensor:
     """The result; written out, as the calls of `array` and `empty_like` took 7% of a small one's time."""
-    y = torch.empty_like(input) if input.is_contiguous() else empty_like(input)
+    plain = input.is_contiguous() and input.stride(1) != 1  # and not channels-last as well
+    y = torch.empty_like(input, memory_format=contiguous_format) if plain else empty_like(input)
     group_norm(
-        array_of(input, DTYPES), num_groups, weight if weight is None else array_of(weight, DTYPES),
-        bias if bias is None else array_of(bias, DTYPES), eps,
-        residual=residual if residual is None else array_of(residual, DTYPES), activation=activation,
-        out=array_of(y, DTYPES), num_threads=get_num_threads(),
+        array_of(input), num_groups, weight if weight is None else array_of(weight),
+        bias if bias is None else array_of(bias), eps,
+        residual=residual if residual is None else array_of(residual), activation=activation,
+        out=array_of(y), num_threads=get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -98,15 +92,20 @@ def backward(
         array(dy), array(input), num_groups, array(weight), array(bias), eps, residual=array(residual),
         activation=activation, moments=moments, out=array(dx), num_threads=get_num_threads(),
     )  # fmt: skip
-    dr = tensor(dresidual[0], residual.dtype) if residual is not None else None
+    dr = tensor(dresidual[0], input.dtype).to(residual.dtype) if residual is not None else None
     if dr is not None and dr.stride() != dx.stride():
         dr = dr.new_empty_strided(dx.shape, dx.stride()).copy_(dr)
     return (
         dx,
-        None if weight is None else tensor(dweight, weight.dtype),
-        None if bias is None else tensor(dbias, bias.dtype),
+        None if weight is None else tensor(dweight, weight.dtype).clone(),  # into PyTorch's memory
+        None if bias is None else tensor(dbias, bias.dtype).clone(),
         dr,
     )
+
+
+def only_added(activation: Activation, residual: Tensor | None) -> torch.dtype | None:
+    """The dtype of a residual whose gradient is dy: it need not be kept, and may be changed in place, as after a sum."""
+    return residual.dtype if residual is not None and activation is None else None
 
 
 def moments_of(mean: Tensor, m2: Tensor, input: Tensor, num_groups: int) -> gn_fast.Moments:

@@ -66,7 +66,10 @@ def gradients(
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: an argument that is given twice, x as its own residual, has two gradients.
-        views = [None if t is None else t.view_as(t) for t in tensors]
+        views = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_(want)
+            for t, want in zip(tensors, wanted, strict=True)
+        ]
         y = group_norm(*views, num_groups, eps, activation)  # type: ignore[arg-type, call-arg]
         asked = [v for v, want in zip(views, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))  # type: ignore[arg-type]

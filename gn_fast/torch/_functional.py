@@ -95,7 +95,7 @@ def group_norm(
             if needs_gradient:
                 return apply(*tensors, (num_groups, eps, activation))  # type: ignore[no-any-return, no-untyped-call]
             return _arrays.forward(input, num_groups, weight, bias, eps, activation, residual)
-        except (TypeError, ValueError, LookupError):
+        except (TypeError, ValueError, LookupError, RuntimeError):
             _check(*tensors, num_groups, activation)
             if eps >= 0:
                 raise
@@ -105,7 +105,7 @@ def group_norm(
     ):
         return _composed.group_norm(*tensors, num_groups, eps, activation)
     arguments = input, num_groups, weight, bias, eps, *_operators.split(activation), residual
-    if needs_gradient:
+    if needs_gradient or get_tracing_state() is not None:  # which traces once more without gradients, and compares
         return torch.ops.gn_fast.group_norm_with_moments(*arguments)[0]  # type: ignore[no-any-return]
     return torch.ops.gn_fast.group_norm(*arguments)  # type: ignore[no-any-return]
 
@@ -170,6 +170,8 @@ def _check(
                 )
             if not (t.is_cpu or t.is_meta):
                 raise RuntimeError(f"gn_fast.torch.group_norm works on the CPU: {name} is on {t.device}")
+            if t.device != input.device:
+                raise RuntimeError(f"{name} must be on input's device, {input.device}, not on {t.device}")
     check_activation(activation)
 
 
@@ -201,7 +203,8 @@ class _GroupNorm(torch.autograd.Function):
         call: tuple[int, float, Activation],
     ) -> Tensor:
         num_groups, eps, activation = ctx.call = call
-        ctx.save_for_backward(input, weight, bias, residual)
+        ctx.added = _arrays.only_added(activation, residual)
+        ctx.save_for_backward(input, weight, bias, residual if activation else None)
         if input.numel() < KEPT:
             ctx.moments = None
             return _arrays.forward(input, num_groups, weight, bias, eps, activation, residual)
@@ -215,10 +218,13 @@ class _GroupNorm(torch.autograd.Function):
         tensors = input, weight, bias, residual = ctx.saved_tensors
         num_groups, eps, activation = ctx.call
         if is_grad_enabled() or not _is_plain(dy, None, None, None) or _has_no_memory(dy):
-            return *_composed.gradients(dy, tensors, ctx.needs_input_grad[:4], *ctx.call), None
-        return *_arrays.backward(
-            dy, input, num_groups, weight, bias, eps, activation, residual, ctx.moments
-        ), None
+            wanted = *ctx.needs_input_grad[:3], ctx.needs_input_grad[3] and residual is not None
+            found = _composed.gradients(dy, tensors, wanted, *ctx.call)
+        else:
+            found = _arrays.backward(
+                dy, input, num_groups, weight, bias, eps, activation, residual, ctx.moments
+            )
+        return *found[:3], found[3] if ctx.added is None else dy.to(ctx.added), None
 
 
 def _has_no_memory(dy: Tensor) -> bool:

@@ -5,10 +5,13 @@
 ``gn_fast::group_norm_backward`` is that gradient. An activation is two arguments, its name and a slope.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function as one_level
+from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode
 
 from . import _arrays, _composed
 
@@ -86,52 +89,84 @@ def _fake_backward(dy, input, num_groups, weight, bias, eps, activation, slope, 
 
 # ---- their gradients -------------------------------------------------------------------------------------
 
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    input, num_groups, weight, bias, eps, activation, slope, residual = inputs
-    mean, m2 = output[1:] if isinstance(output, tuple) else (None, None)
-    ctx.call = num_groups, eps, activation, slope
-    if mean is not None:
-        ctx.mark_non_differentiable(mean, m2)
-    ctx.save_for_backward(input, weight, bias, residual, mean, m2)
+# Not by torch.library.register_autograd: its operators silently give no tangent, and torch.func.grad refuses them.
+# Compiled code comes upon both, as a call there cannot know what it is transformed by.
 
 
-def _gradient(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
-    input, weight, bias, residual, mean, m2 = ctx.saved_tensors
-    num_groups, eps, activation, slope = ctx.call
-    arguments = input, num_groups, weight, bias, eps, activation, slope, residual
-    if mean is None:
-        _, mean, m2 = torch.ops.gn_fast.group_norm_with_moments(*arguments)
-    found = torch.ops.gn_fast.group_norm_backward(dy, *arguments, mean, m2)
-    needed = (ctx.needs_input_grad[i] for i in (0, 2, 3, 7))
-    dx, dw, db, dr = (d if need else None for d, need in zip(found, needed, strict=True))
-    return dx, None, dw, db, None, None, None, dr
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operator: Any, keyset: Any, *arguments: Any) -> Any:
+        input, num_groups, weight, bias, eps, activation, slope, residual = arguments
+        with torch.enable_grad(), forward_mode(True):  # for the levels of torch.func below this one
+            found = _without_graph(operator, keyset, arguments)
+        mean, m2 = found[1:] if isinstance(found, tuple) else (None, None)
+        if mean is not None:
+            ctx.mark_non_differentiable(mean, m2)
+        ctx.call = num_groups, eps, activation, slope
+        ctx.added = _arrays.only_added(activation, residual)
+        ctx.save_for_backward(input, weight, bias, residual if activation else None, mean, m2)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
+        input, weight, bias, residual, mean, m2 = ctx.saved_tensors
+        num_groups, eps, activation, slope = ctx.call
+        arguments = input, num_groups, weight, bias, eps, activation, slope, residual
+        if mean is None:
+            _, mean, m2 = torch.ops.gn_fast.group_norm_with_moments(*arguments)
+        dx, dw, db, dr = torch.ops.gn_fast.group_norm_backward(dy, *arguments, mean, m2)
+        if ctx.added is not None:
+            dr = dy.to(ctx.added)
+        found = None, None, dx, None, dw, db, None, None, None, dr
+        return tuple(d if need else None for d, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
-def _keep_for_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    dy, input, num_groups, weight, bias, eps, activation, slope, residual, _, _ = inputs
-    ctx.call = num_groups, eps, join(activation, slope)
-    ctx.save_for_backward(dy, input, weight, bias, residual)
+_apply = super(torch.autograd.Function, _Forward).apply  # less what Function adds to refuse torch.func
 
 
-def _second_gradient(ctx: Any, *ddx: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    with torch.enable_grad():
-        tensors: list[Any]
-        dy: Any
-        dy, *tensors = (None if t is None else t.detach().requires_grad_() for t in saved)
-        found = _composed.gradients(dy, tensors, [t is not None for t in tensors], *ctx.call)
-        pairs = [(f, d) for f, d in zip(found, ddx, strict=True) if f is not None and d is not None]
-        leaves = [t for t in (dy, *tensors) if t is not None]
-        grads = iter(
-            torch.autograd.grad([f for f, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True)
-        )
-    d_dy, dx, dw, db, dr = (None if t is None else next(grads) for t in saved)
-    return d_dy, dx, None, dw, db, None, None, None, dr, None, None
+def _without_graph(operator: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
-torch.library.register_autograd("gn_fast::group_norm", _gradient, setup_context=_keep)
-torch.library.register_autograd("gn_fast::group_norm_with_moments", _gradient, setup_context=_keep)
-torch.library.register_autograd(
-    "gn_fast::group_norm_backward", _second_gradient, setup_context=_keep_for_second
-)
+def _with_graph(operator: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
+    with one_level():
+        return _apply(operator, keyset, *arguments)
+
+
+def _composed_forward(input, num_groups, weight, bias, eps, activation, slope, residual):  # type: ignore[no-untyped-def]
+    return _composed.group_norm(input, weight, bias, residual, num_groups, eps, join(activation, slope))
+
+
+def _composed_with_moments(input: Tensor, num_groups: int, *rest: Any) -> tuple[Tensor, ...]:
+    plain = None, None, 1.0, None, 0.0, None
+    _, mean, m2 = torch.ops.gn_fast.group_norm_with_moments(input.detach(), num_groups, *plain)
+    return _composed_forward(input, num_groups, *rest), mean, m2  # type: ignore[no-untyped-call]
+
+
+def _composed_backward(dy, input, num_groups, weight, bias, eps, activation, slope, residual, *_):  # type: ignore[no-untyped-def]
+    tensors = input, weight, bias, residual
+    wanted = [t is not None for t in tensors]
+    found = _composed.gradients(dy, tensors, wanted, num_groups, eps, join(activation, slope))
+    return tuple(input.new_empty(0) if d is None else d for d in found)
+
+
+def _differentiable(name: str, with_graph: Callable[..., Any], composed: Callable[..., Any]) -> None:
+    """Register what an operator does where derivatives are kept: it has a tangent, a graph, or neither."""
+    operator = getattr(torch.ops.gn_fast, name).default
+
+    def differentiable(keyset: Any, *arguments: Any) -> Any:
+        tensors = [t for t in arguments if isinstance(t, Tensor)]
+        if any(torch._VF._unpack_dual(t, level=0).tangent is not None for t in tensors):
+            return composed(*arguments)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return with_graph(operator, keyset, arguments)
+        return _without_graph(operator, keyset, arguments)
+
+    _library.impl(name, differentiable, "Autograd", with_keyset=True)  # type: ignore[no-untyped-call]
+
+
+_library = torch.library.Library("gn_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
+_differentiable("group_norm", _with_graph, _composed_forward)
+_differentiable("group_norm_with_moments", _with_graph, _composed_with_moments)
+_differentiable("group_norm_backward", lambda _, __, arguments: _composed_backward(*arguments), _composed_backward)
