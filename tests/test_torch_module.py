@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import random
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -156,6 +158,74 @@ class Functional(Block):
         return F.silu(self.norm1(x))
 
 
+class Listed(Block):
+    """Which is traced to the activation by its name, and runs the one in the list."""
+
+    def __init__(self):
+        super().__init__()
+        self.acts = [self.act]
+
+    def forward(self, x):
+        return self.acts[0](self.norm1(x))
+
+
+class Moded(Block):
+    def __init__(self, mode):
+        super().__init__()
+        self.mode = mode
+
+    def forward(self, x):
+        h = self.norm1(x)
+        with self.mode():
+            a = self.act(h)
+        return x + a
+
+
+class Counts(Block):
+    def __init__(self):
+        super().__init__()
+        self.calls, self.log = 0, []
+
+    def forward(self, x):
+        self.calls += 1
+        self.log.append(x)
+        return super().forward(x)
+
+
+class Draws(Block):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        h = self.norm1(x)
+        return self.act(h) + 0 * self.draw()
+
+
+class Selects(Block):
+    """Whose activation is seen in a run with the last argument only, and which cannot be traced without."""
+
+    def forward(self, x, scale=1):
+        h = self.norm1(x)
+        if scale is None:
+            return h if x.sum() > 0 else self.act(h)
+        return self.act(h) * scale
+
+
+class Asks(Block):
+    def forward(self, x):
+        h = self.act(self.norm1(x))
+        return h + 1 if isinstance(self.act, nn.SiLU) else h
+
+
+class Bound(Block):
+    """Whose forward is the object's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.forward = lambda x: self.act(self.norm1(x)) + self.norm1(x)
+
+
 class OwnSequential(nn.Sequential):
     def __init__(self):
         super().__init__(nn.GroupNorm(2, 8), nn.SiLU())
@@ -164,10 +234,25 @@ class OwnSequential(nn.Sequential):
         return self[0](x) + self[1](x)
 
 
+class Backwards(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.GroupNorm(2, 8), nn.SiLU())
+
+    def __iter__(self):
+        return iter(list(self._modules.values())[::-1])
+
+
+class BoundSequential(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.GroupNorm(2, 8), nn.SiLU())
+        self.forward = lambda x: self[0](x)
+
+
 @pytest.mark.parametrize(
     ("make", "fused"),
     [(Block, ["norm1", "norm2"]), (Told, []), (Trains, []), (SeenTwice, []), (NormTwice, []), (Depends, []),
-     (TwoNames, []), (Looped, []), (Functional, []), (OwnSequential, [])],
+     (TwoNames, ["norm1", "norm2"]), (Looped, []), (Functional, []), (OwnSequential, []), (Listed, []), (Selects, []),
+     (Counts, ["norm1", "norm2"]), (Asks, []), (Bound, []), (Backwards, []), (BoundSequential, [])],
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip
 def test_what_is_fused_is_certain(make, fused):
@@ -182,6 +267,60 @@ def test_what_is_fused_is_certain(make, fused):
         assert_close(y, e, rtol=1e-5, atol=1e-5)
     restore(model)
     assert torch.equal(model.train()(*inputs[0]), expected[0])
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_mode_between_them_keeps_them_apart(mode):
+    model = trained(Moded(mode))
+    expected = torch.autograd.grad(model(given := x().requires_grad_()).sum(), given)
+    assert not accelerate(model).fused
+    assert_close(torch.autograd.grad(model(given).sum(), given), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_trace_would_leave_behind():
+    model = Counts()
+    accelerate(model)
+    assert (model.calls, model.log) == (0, [])
+    copy.deepcopy(model)
+
+
+DRAWS = {"torch": lambda: torch.rand(()), "numpy": lambda: np.random.rand(), "python": random.random}  # noqa: NPY002
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_random_numbers_are_not_drawn(draw):
+    model = Draws(draw)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
+    expected = draw(), draw()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
+    first = draw()
+    assert "draws random numbers" in accelerate(model).left["act"]
+    assert (first, draw()) == expected
+
+
+def test_an_activation_with_a_state_stays():
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU())
+    model[1].register_buffer("calls", torch.zeros(1))
+    keys = list(model.state_dict())
+    assert "state of its own" in accelerate(model).left["1"]
+    assert list(model.state_dict()) == keys
+
+
+def test_training_mode_is_kept():
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.ReLU()).eval()
+    accelerate(model)
+    assert not any(m.training for m in model.modules())
+    restore(model)
+    assert not any(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -242,12 +381,14 @@ def test_what_is_left_says_why():
     other = nn.GroupNorm(2, 8)
     other.forward = lambda input: input
     model = nn.ModuleDict({"own": Special(2, 8), "patched": other, "script": torch.jit.script(nn.GroupNorm(2, 8)),
-                           "ours": gn_fast.torch.GroupNorm(2, 8)})  # fmt: skip
+                           "ours": gn_fast.torch.GroupNorm(2, 8),
+                           "complex": nn.GroupNorm(2, 8, dtype=torch.complex64)})  # fmt: skip
     report = accelerate(model)
     assert report.replaced == []
     assert "Special" in report.left["own"]
     assert "forward is another" in report.left["patched"]
     assert "TorchScript" in report.left["script"]
+    assert "complex64" in report.left["complex"]
     assert "ours" not in report.left
     assert str(report).startswith("0 replaced")
     restore(model)
@@ -367,3 +508,31 @@ def test_backend(rest):
     parameters = list(model.parameters())
     assert_close(torch.autograd.grad(y.sum(), parameters), torch.autograd.grad(expected.sum(), parameters),
                  rtol=1e-3, atol=1e-3)  # fmt: skip
+
+
+def compiled(f):
+    torch._dynamo.reset()
+    return torch.compile(f, backend=gn_fast.torch.backend, fullgraph=True)
+
+
+def test_backend_and_what_is_changed_in_place():
+    def f(x):
+        x = x * 1
+        h = F.group_norm(x, 4)
+        x.mul_(0).add_(1)
+        return F.silu(h) + x
+
+    assert_close(compiled(f)(x()), f(x()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_backend_and_modes(mode):
+    def f(x):
+        h = F.group_norm(x, 4)
+        with mode():
+            a = F.silu(h)
+        return x + a
+
+    given = x().requires_grad_()
+    found, expected = (torch.autograd.grad(g(given).sum(), given)[0] for g in (compiled(f), f))
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)

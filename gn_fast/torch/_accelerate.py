@@ -4,17 +4,22 @@ A norm stays the object that it is and changes its class; an activation that its
 place where it is called, by a module that passes its input on and keeps the activation for `restore`.
 """
 
+import contextlib
+import copy
 import inspect
 import itertools
+import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from . import _activations
-from ._arrays import Activation
+from ._arrays import DTYPES, Activation
 from ._module import GroupNorm
 
 
@@ -30,6 +35,7 @@ class Fused(nn.Identity):
 
     def __init__(self, activation: nn.Module) -> None:
         super().__init__()
+        self.training = activation.training
         self.activation = activation
 
 
@@ -53,9 +59,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} replaced, {len(self.fused)} of them with the activation that follows"]
-        lines += [
-            f"  {name} + {self.fused[name]}" if name in self.fused else f"  {name}" for name in self.replaced
-        ]
+        lines += [f"  {name} + {self.fused[name]}" if name in self.fused else f"  {name}" for name in self.replaced]
         lines += ["left as they are:"] * bool(self.left)
         lines += [f"  {name}: {reason}" for name, reason in self.left.items()]
         return "\n".join(lines)
@@ -67,8 +71,8 @@ def accelerate(model: nn.Module) -> Report:
     Parameters, buffers, hooks, training mode, device, dtype and state_dict stay as they are. A SiLU, ReLU, LeakyReLU,
     GELU, Mish, Hardswish, Sigmoid or Tanh is fused into the norm before it where it is certain to follow: as its
     neighbour in a `torch.nn.Sequential`, or if `torch.fx` shows that the module that holds both calls the one with the
-    result of the other and with nothing else, whichever of its arguments are None. Functions are not seen; `backend`
-    fuses these.
+    result of the other and with nothing else, whichever of its arguments are None, in training or not. A copy of that
+    module is what runs for it. Functions are not seen; `backend` fuses these.
 
     Parameters
     ----------
@@ -97,22 +101,32 @@ def accelerate(model: nn.Module) -> Report:
     _check_module(model)
     report = Report()
     for name, module in model.named_modules():
-        if type(module) is nn.GroupNorm and "forward" not in vars(module) and _is_here(module):
+        if type(module) is nn.GroupNorm and "forward" not in vars(module) and _why_not_here(module) is None:
             module.__class__ = Accelerated
             vars(module)["activation"] = None
             report.replaced.append(name)
         elif _is_another(module):
             report.left[name] = _why_left(module)
-    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     names = {id(m): name for name, m in model.named_modules()}
+    places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    shared = {id(o): o for o in (*model.modules(), *model.parameters(), *model.buffers())}
     for prefix, parent in list(model.named_modules()):
-        for slot, norms, activation in list(_pairs(parent, places, prefix, names, report)):
-            for norm in norms:
-                vars(norm)["activation"] = activation
-                report.fused[names[id(norm)]] = (
-                    activation[0] if isinstance(activation, tuple) else str(activation)
-                )
-            parent._modules[slot] = Fused(parent._modules[slot])
+        if not any(type(m) is Accelerated and m.activation is None for m in parent.children()):
+            continue
+        for slot, found in _followers(parent, shared).items():
+            path = f"{prefix}.{slot}".lstrip(".")
+            if isinstance(found, str):
+                report.left[path] = found
+                continue
+            activation: Any = parent._modules[slot]
+            reason = next(filter(None, (_why_apart(m, places) for m in (*found, activation))), None)
+            if reason is not None:
+                report.left[path] = f"not fused with {names[id(found[0])]}: {reason}"
+                continue
+            for norm in found:
+                norm.activation = _activations.of_module(activation)
+                report.fused[names[id(norm)]] = _name(norm.activation)
+            parent._modules[slot] = Fused(activation)
     return report
 
 
@@ -145,8 +159,8 @@ def _check_module(model: nn.Module) -> None:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
 
 
-def _is_here(module: nn.Module) -> bool:
-    return all(p.device.type in ("cpu", "meta") for p in module.parameters())
+def _name(activation: Activation) -> str:
+    return activation[0] if isinstance(activation, tuple) else str(activation)
 
 
 def _is_another(module: nn.Module) -> bool:
@@ -159,39 +173,50 @@ def _is_another(module: nn.Module) -> bool:
 def _why_left(module: nn.Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return "it is compiled by TorchScript"
-    if type(module) is nn.GroupNorm and not _is_here(module):
-        return f"it is on {next(module.parameters()).device}, and gn_fast works on the CPU"
-    if type(module) is nn.GroupNorm:
-        return "its forward is another"
-    return f"it is a {type(module).__qualname__}, which may do more than a GroupNorm"
+    if type(module) is not nn.GroupNorm:
+        return f"it is a {type(module).__qualname__}, which may do more than a GroupNorm"
+    return _why_not_here(module) or "its forward is another"
+
+
+def _why_not_here(module: nn.Module) -> str | None:
+    for p in module.parameters():
+        if p.device.type not in ("cpu", "meta"):
+            return f"it is on {p.device}, and gn_fast works on the CPU"
+        if p.dtype not in DTYPES:
+            return f"it is of {p.dtype}, and gn_fast takes floats of 16, 32 and 64 bits"
+    return None
 
 
 # ---- what is certain to follow ---------------------------------------------------------------------------
 
-Pair = tuple[str, list[Accelerated], Activation]
+Followers = dict[str, list[Accelerated]]
 
 
-def _pairs(
-    parent: nn.Module, places: Counter[int], prefix: str, names: dict[int, str], report: Report
-) -> Iterator[Pair]:
-    """The places of activations in a module that go into the norms whose results are all that they see."""
-    children = list(parent._modules.values())
-    if not any(type(m) is Accelerated and m.activation is None for m in children):
-        return
-    found = _neighbours(parent) if type(parent).forward is nn.Sequential.forward else _traced(parent)
-    for slot, norms in found:
-        module = parent._modules[slot]
-        activation = _activations.of_module(module) if module is not None else None
-        if activation is None:
-            continue
-        reason = next(filter(None, (_why_apart(m, places) for m in (*norms, module))), None)
-        if reason is None:
-            yield slot, norms, activation
-        else:
-            report.left[f"{prefix}.{slot}".lstrip(".")] = f"not fused with {names[id(norms[0])]}: {reason}"
+def _followers(parent: nn.Module, shared: Mapping[int, Any]) -> dict[str, list[Accelerated] | str]:
+    """A module's activations: for each place, the norms whose results are all that it sees; or why it stays apart."""
+    slots = [slot for slot, m in parent._modules.items() if m is not None and _activations.of_module(m) is not None]
+    if not slots:
+        return {}
+    if "forward" in vars(parent):
+        return dict.fromkeys(slots, "not fused: the forward of what holds it is another")
+    if _is_stock_sequence(type(parent)):
+        pairs = itertools.pairwise(parent._modules.items())
+        return {slot: [norm] for (_, norm), (slot, _) in pairs if slot in slots and type(norm) is Accelerated}
+    try:
+        first, *others = (_calls(parent, slots, run) for run in _runs(parent, slots, shared))
+    except _UnclearError as error:
+        return dict.fromkeys(slots, f"not fused: what {type(parent).__qualname__} does cannot be followed: {error}")
+    certain = {slot: norms for slot, norms in first.items() if all(other.get(slot) == norms for other in others)}
+    unsure = "not fused: what it sees is not, in every run, the result of a norm that nobody else sees"
+    return dict.fromkeys(slots, unsure) | certain
 
 
-def _why_apart(module: nn.Module | None, places: Counter[int]) -> str | None:
+def _is_stock_sequence(kind: type[nn.Module]) -> bool:
+    stock = nn.Sequential
+    return issubclass(kind, stock) and (kind.forward, kind.__iter__) == (stock.forward, stock.__iter__)
+
+
+def _why_apart(module: nn.Module, places: Counter[int]) -> str | None:
     """What forbids to fuse a norm or an activation."""
     name = "the norm" if isinstance(module, nn.GroupNorm) else "the activation"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -201,66 +226,100 @@ def _why_apart(module: nn.Module | None, places: Counter[int]) -> str | None:
         return f"{name}'s forward is another"
     if isinstance(module, nn.GroupNorm) and places[id(module)] > 1:
         return f"{name} is in several places"
+    if not isinstance(module, nn.GroupNorm) and (module._parameters or module._buffers or module._modules):
+        return f"{name} has a state of its own"
     return None
 
 
-def _neighbours(parent: nn.Module) -> Iterator[tuple[str, list[Accelerated]]]:
-    items = list(parent._modules.items())
-    for (_, norm), (slot, _) in itertools.pairwise(items):
-        if isinstance(norm, Accelerated):
-            yield slot, [norm]
+# ---- what torch.fx shows ---------------------------------------------------------------------------------
+
+
+class _UnclearError(Exception):
+    """What a module does cannot be told from a trace."""
 
 
 class _Shallow(torch.fx.Tracer):
-    """Sees one module's own forward, and its children as calls."""
+    """Sees one module's own forward, its children as calls, and the modes that these run in."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
+    def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
+        node = super().create_node(*args, **kwargs)
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        node.meta["modes"] = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+        return node
 
-def _traced(parent: nn.Module) -> list[tuple[str, list[Accelerated]]]:
-    """What every run of a module's forward shows: in training or not, and with any argument but the first None."""
+
+def _runs(parent: nn.Module, slots: list[str], shared: Mapping[int, Any]) -> Iterator[torch.fx.Graph]:
+    """Graphs of a module's forward: in training or not, and with any argument but the first None."""
     parameters = list(inspect.signature(parent.forward).parameters.values())[1:]
     ordinary = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    training = parent.training
-    shown: list[dict[str, list[Accelerated]]] = []
-    try:
-        for mode in (False, True):
-            parent.training = mode
-            for concrete in ({}, *({name: None} for name in ordinary), dict.fromkeys(ordinary)):
-                try:
-                    graph = _Shallow().trace(parent, concrete_args=concrete or None)
-                except Exception:  # whatever a forward raises that is not given tensors
-                    if not concrete:
-                        return []
+    others = {key: value for key, value in shared.items() if value is not parent}
+
+    def trace(training: bool, absent: list[str], stand_in: Callable[[nn.Module], nn.Module]) -> torch.fx.Graph:
+        trial = copy.deepcopy(parent, dict(others))
+        for slot in slots:  # other objects, so that a call by another reference to the activation is seen
+            trial._modules[slot] = stand_in(parent.get_submodule(slot))
+        trial.training = training
+        return _Shallow().trace(trial, concrete_args=dict.fromkeys(absent) or None)
+
+    for training in (False, True):
+        for absent in ([], *([name] for name in ordinary), ordinary):
+            try:
+                with _no_random_numbers():
+                    graph, after = trace(training, absent, copy.copy), trace(training, absent, Fused)
+            except _UnclearError:
+                raise
+            except Exception as error:  # whatever a forward raises that is not given tensors
+                if absent and _speaks_of_none(error):
                     continue
-                shown.append(dict(_followers(parent, graph)))
+                raise _UnclearError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
+            if str(graph) != str(after):
+                raise _UnclearError("it looks at the class of its activation")
+            yield graph
+
+
+def _speaks_of_none(error: Exception) -> bool:
+    """Whether a forward refuses None for an argument, as it would in a real run."""
+    own = isinstance(error, AssertionError | ValueError) and not isinstance(error, torch.fx.proxy.TraceError)
+    return own or "NoneType" in str(error)
+
+
+@contextlib.contextmanager
+def _no_random_numbers() -> Iterator[None]:
+    """A forward that draws some itself may do anything; others find theirs as they were."""
+    before = _random_states()
+    try:
+        yield
+        after = _random_states()
     finally:
-        parent.training = training
-    first, *others = shown
-    return [
-        (slot, norms)
-        for slot, norms in first.items()
-        if all({id(n) for n in other.get(slot, ())} == {id(n) for n in norms} for other in others)
-    ]
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])  # noqa: NPY002
+    same = torch.equal(before[0], after[0]), before[1] == after[1], *map(np.array_equal, before[2], after[2])
+    if not all(same):
+        raise _UnclearError("it draws random numbers")
 
 
-def _followers(parent: nn.Module, graph: torch.fx.Graph) -> Iterator[tuple[str, list[Accelerated]]]:
-    """Children that see nothing but the results of norms, which nobody else sees."""
+def _random_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def _calls(parent: nn.Module, slots: list[str], graph: torch.fx.Graph) -> Followers:
+    """The activations that see nothing but the results of norms, which nobody else sees."""
     calls: dict[str, list[torch.fx.Node]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
             calls.setdefault(str(node.target), []).append(node)
-    own = Counter(id(m) for m in parent._modules.values())
 
     def norm_of(node: torch.fx.Node) -> Accelerated | None:
         before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
         if not isinstance(before, torch.fx.Node) or before.op != "call_module" or len(before.users) != 1:
             return None
         norm = parent._modules.get(str(before.target))
-        return norm if type(norm) is Accelerated and len(calls[str(before.target)]) == 1 else None
+        once = len(calls[str(before.target)]) == 1 and before.meta["modes"] == node.meta["modes"]
+        return norm if type(norm) is Accelerated and once else None
 
-    for slot, nodes in calls.items():
-        norms = [norm_of(node) for node in nodes]
-        if own[id(parent._modules.get(slot))] == 1 and all(norms):
-            yield slot, [norm for norm in norms if norm is not None]
+    found = {slot: [norm_of(node) for node in calls.get(slot, ())] for slot in slots}
+    return {slot: norms for slot, norms in found.items() if norms and all(norms)}  # type: ignore[misc]

@@ -104,7 +104,7 @@ def backward(
 
 
 def only_added(activation: Activation, residual: Tensor | None) -> torch.dtype | None:
-    """The dtype of a residual whose gradient is dy: it need not be kept, and may be changed in place, as after a sum."""
+    """The dtype of a residual whose gradient is dy: it is not kept, and may be changed in place, as after a sum."""
     return residual.dtype if residual is not None and activation is None else None
 
 

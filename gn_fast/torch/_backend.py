@@ -57,6 +57,14 @@ def _is_ours(norm: torch.fx.Node) -> bool:
     return value is None or (value.device.type == "cpu" and value.dtype in DTYPES)
 
 
+def _modes_change(begin: torch.fx.Node, end: torch.fx.Node) -> bool:
+    """Whether gradients, autocast or the like may be turned on or off between two nodes: by what has no value."""
+    node = begin.next
+    while node is not end and "example_value" in node.meta:
+        node = node.next
+    return node is not end
+
+
 def rewrite(graph: torch.fx.GraphModule) -> int:
     """Make each group norm of a graph, with its activation, a call of ours; returns how many have one."""
     fused = 0
@@ -68,10 +76,10 @@ def rewrite(graph: torch.fx.GraphModule) -> int:
         last, activation = norm, None
         if len(norm.users) == 1:
             user = next(iter(norm.users))
-            if user.args[:1] == (norm,):
+            if user.args[:1] == (norm,) and not _modes_change(norm, user):
                 activation = _activations.of_call(user)
                 last = norm if activation is None else user
-        with graph.graph.inserting_before(last):
+        with graph.graph.inserting_before(norm):  # where its input is: it may be changed in place before the activation
             ours = graph.graph.call_function(group_norm, (), arguments | {"activation": activation})
         ours.meta = dict(last.meta)
         last.replace_all_uses_with(ours)

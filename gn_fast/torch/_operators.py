@@ -131,7 +131,7 @@ def _without_graph(operator: Any, keyset: Any, arguments: tuple[Any, ...]) -> An
 
 def _with_graph(operator: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
     with one_level():
-        return _apply(operator, keyset, *arguments)
+        return _apply(operator, keyset, *arguments)  # type: ignore[no-untyped-call]
 
 
 def _composed_forward(input, num_groups, weight, bias, eps, activation, slope, residual):  # type: ignore[no-untyped-def]
@@ -169,4 +169,4 @@ def _differentiable(name: str, with_graph: Callable[..., Any], composed: Callabl
 _library = torch.library.Library("gn_fast", "FRAGMENT")  # type: ignore[no-untyped-call]
 _differentiable("group_norm", _with_graph, _composed_forward)
 _differentiable("group_norm_with_moments", _with_graph, _composed_with_moments)
-_differentiable("group_norm_backward", lambda _, __, arguments: _composed_backward(*arguments), _composed_backward)
+_differentiable("group_norm_backward", lambda _, __, arguments: _composed_backward(*arguments), _composed_backward)  # type: ignore[no-untyped-call]
