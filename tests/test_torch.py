@@ -427,12 +427,13 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transformations_in_compiled_code(transform):
+def test_transformations_in_compiled_code(transform, backend):
     x, w = plain(2, 8, 5, dtype=torch.float64), plain(8, dtype=torch.float64)
     ours = TRANSFORMS[transform](lambda x, w: group_norm(x, 2, w, activation="silu"))
     theirs = TRANSFORMS[transform](lambda x, w: stock(x, 2, w, activation="silu"))
-    assert_close(torch.compile(ours, backend="aot_eager", fullgraph=True)(x, w), theirs(x, w))
+    assert_close(torch.compile(ours, backend=backend, fullgraph=True)(x, w), theirs(x, w))
 
 
 def test_tangents_in_compiled_code():
