@@ -1,5 +1,6 @@
 """Tensors of another library as arrays, by DLPack's exchange of descriptions: https://dmlc.github.io/dlpack (1.2 on)."""
 
+cimport cython
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef struct DLTensor:
@@ -29,6 +30,8 @@ cdef enum:
     BFLOAT = 4
 
 
+@cython.final
+@cython.auto_pickle(False)
 cdef class _Tensors:
     """What makes arrays of one class of tensors, PyTorch's.
 
