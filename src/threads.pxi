@@ -318,10 +318,11 @@ cdef bint share_units(Plan *plan, Py_ssize_t unit_bytes) noexcept nogil:
 
 
 cdef Py_ssize_t units_together(const Plan *plan, Py_ssize_t unit_bytes) noexcept nogil:
-    """How many units a thread takes through each pass together: what stays in a level 1 cache, or if x comes from DRAM,
-    which is read faster in long runs, what stays in level 2."""
+    """How many units a thread takes through each pass together: what stays in a level 1 cache, or if arrays come from
+    DRAM, which is read faster in long runs, what stays in level 2."""
     cdef const Job *job = plan.job
-    cdef Py_ssize_t bytes = job.N * job.C * job.S * job.x.itemsize
+    cdef Py_ssize_t arrays = 2 if job.dy.data == NULL else 3
+    cdef Py_ssize_t bytes = arrays * job.N * job.C * job.S * job.x.itemsize
     cdef Py_ssize_t room = L2_BYTES // 4 if bytes > LAST_LEVEL_BYTES else L1_ROOM
     return min(job.units, max(1, room // (unit_bytes + plan.size * <Py_ssize_t> sizeof(double))))
 
