@@ -99,7 +99,8 @@ cdef tuple per_channel(View *v, value, str name, Call *call, cnp.ndarray x, out)
     if cnp.PyArray_NDIM(a) == 0:
         a = np.full(call.job.C, a)
     if storage_of(a) < FLOAT32:
-        a = (<object> a).astype(np.float32, order="C")
+        with np.errstate(invalid="ignore"):  # of signalling NaNs, where the processor converts
+            a = (<object> a).astype(np.float32, order="C")
     elif not cnp.PyArray_IS_C_CONTIGUOUS(a):
         a = (<object> a).copy()
     else:
