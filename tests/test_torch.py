@@ -120,6 +120,17 @@ def test_gradients_of_some(wanted):
         assert_close(a, e, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_second_derivatives_of_a_residual_alone(activation):
+    x, r = plain(2, 8, 5), randn(2, 8, 5)
+
+    def second(norm):
+        (dr,) = torch.autograd.grad(norm(x, 2, activation=activation, residual=r).sin().sum(), r, create_graph=True)
+        return dr, *torch.autograd.grad(dr.sum(), r)
+
+    assert_close(second(group_norm), second(stock), rtol=1e-5, atol=1e-5)
+
+
 def test_an_argument_given_twice():
     x = randn(2, 8, 5, 5, dtype=torch.float64)
     w = randn(8, dtype=torch.float64)

@@ -63,6 +63,8 @@ def gradients(
     activation: Activation,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight, bias and residual that are wanted, differentiable where gradients are enabled."""
+    if not any(wanted):
+        return (None,) * len(wanted)
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views: an argument that is given twice, x as its own residual, has two gradients.
