@@ -1,6 +1,7 @@
 """A model that is accelerated is the same model: values, state, copies, and what it was before, if wanted."""
 
 import copy
+import functools
 import io
 import pickle
 import random
@@ -536,3 +537,23 @@ def test_backend_and_modes(mode):
     given = x().requires_grad_()
     found, expected = (torch.autograd.grad(g(given).sum(), given)[0] for g in (compiled(f), f))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_backend_and_what_inductor_is_told(monkeypatch):
+    import torch._inductor.compile_fx
+
+    def spy(graph, example_inputs, *args, config_patches=None, **kwargs):
+        told.append(config_patches)
+        return graph
+
+    told = []
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", spy)
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()))
+    for mode in (None, "max-autotune-no-cudagraphs"):
+        torch._dynamo.reset()
+        options = {"rest": "inductor", "epilogue_fusion": False}
+        call = functools.partial(gn_fast.torch.backend, mode=mode, options=options)
+        assert_close(torch.compile(model, backend=call)(x()), model(x()), rtol=1e-5, atol=1e-5)
+    assert [told_.get("epilogue_fusion") for told_ in told] == [False, False]
+    assert "max_autotune" not in told[0]
+    assert told[1]["max_autotune"]
