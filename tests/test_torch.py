@@ -442,9 +442,26 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transformations_in_compiled_code(transform, backend):
     x, w = plain(2, 8, 5, dtype=torch.float64), plain(8, dtype=torch.float64)
-    ours = TRANSFORMS[transform](lambda x, w: group_norm(x, 2, w, activation="silu"))
-    theirs = TRANSFORMS[transform](lambda x, w: stock(x, 2, w, activation="silu"))
+    b = x[0, :, 0].clone()  # a constant
+    ours = TRANSFORMS[transform](lambda x, w: group_norm(x, 2, w, b, activation="silu"))
+    theirs = TRANSFORMS[transform](lambda x, w: stock(x, 2, w, b, activation="silu"))
     assert_close(torch.compile(ours, backend=backend, fullgraph=True)(x, w), theirs(x, w))
+
+
+NESTED = {
+    "hessian": lambda f: lambda x, w: torch.func.hessian(lambda w: f(x, w).sin().sum())(w),
+    "grad of grad": lambda f: torch.func.grad(lambda x, w: torch.func.grad(lambda w: f(x, w).sin().sum())(w).sum()),
+    "jvp of grad": lambda f: lambda x, w: torch.func.jvp(torch.func.grad(lambda w: f(x, w).sum()), (w,), (w.cos(),)),
+}
+
+
+@pytest.mark.parametrize("transform", NESTED)
+def test_operators_and_transformations_of_some_arguments(transform):
+    """What is constant at one level varies at another, or nowhere."""
+    x, w, b, r = arguments(torch.float64, requires_grad=False)
+    ours = lambda x, w: torch.ops.gn_fast.group_norm(x, 2, w, b, 1e-5, "silu", 0.01, r)  # noqa: E731
+    theirs = lambda x, w: stock(x, 2, w, b, activation="silu", residual=r)  # noqa: E731
+    assert_close(NESTED[transform](ours)(x, w), NESTED[transform](theirs)(x, w))
 
 
 def test_tangents_in_compiled_code():
