@@ -270,6 +270,112 @@ def test_what_is_fused_is_certain(make, fused):
     assert torch.equal(model.train()(*inputs[0]), expected[0])
 
 
+class Hands(nn.Module):
+    def forward(self, x, module):
+        return module(x)
+
+
+def by_a_flag(self, x, raw=False):
+    h = self.norm1(x)
+    return h if raw is True else self.act(h)
+
+
+def by_a_name(self, x, mode="none"):
+    h = self.norm1(x)
+    return h if mode in {"none", "linear"} else self.act(h)
+
+
+def by_a_class(self, x):
+    h = self.norm1(x)
+    return h if isinstance(x, torch.Tensor) else self.act(h)
+
+
+def by_the_first_argument(self, x=None, other=None):
+    return self.norm1(other) if x is None else self.act(self.norm1(x))
+
+
+def by_a_childs_mode(self, x):
+    h = self.norm1(x)
+    return self.act(h) if self.norm1.training else h
+
+
+def hands_the_activation_on(self, x):
+    return self.hands(self.act(self.norm1(x)) - 1, self.act)
+
+
+def hands_the_norm_on(self, x):
+    return self.hands(self.act(self.norm1(x)) - 1, self.norm1)
+
+
+def calls_a_forward(self, x):
+    return self.act(self.norm1(x)) + self.norm1.forward(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "calls"),
+    [(by_a_flag, [{}, {"raw": True}]), (by_a_name, [{}, {"mode": "silu"}]), (by_a_class, [{}]),
+     (by_the_first_argument, [{}, {"x": None, "other": x()}]), (by_a_childs_mode, [{}]), (hands_the_norm_on, [{}]),
+     (hands_the_activation_on, [{}]), (calls_a_forward, [{}])],
+    ids=lambda value: getattr(value, "__name__", None),
+)  # fmt: skip
+def test_what_a_forward_goes_by(forward, calls):
+    model = Block()
+    model.__class__ = type(forward.__name__, (Block,), {"forward": forward})
+    model.hands = Hands()
+    trained(model)
+
+    def run():
+        return [model.train(mode)(**({"x": x()} | call)) for mode in (False, True) for call in calls]
+
+    expected = run()
+    report = accelerate(model)
+    assert not report.fused
+    assert "act" in report.left
+    assert_close(run(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Marks(Block):
+    """Which changes what it holds when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self.conv1.seen = x
+        return super().forward(x)
+
+
+def test_a_trace_changes_nothing_that_a_module_holds():
+    model = Marks()
+    assert len(accelerate(model).fused) == 2
+    assert model.calls == 0
+    assert not hasattr(model.conv1, "seen")
+
+
+def test_a_forward_without_a_signature():
+    model = Block()
+    model.__class__ = type("Odd", (Block,), {"forward": min})
+    assert "no signature" in accelerate(model).left["act"]
+
+
+def test_a_norm_with_an_activation_of_its_own_stays():
+    model = nn.GroupNorm(2, 8)
+    model.activation = nn.SiLU()
+    assert "attribute" in accelerate(model).left[""]
+    assert type(model.activation) is nn.SiLU
+
+
+def test_another_activation_in_the_place_of_one_that_was_fused():
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()))
+    accelerate(model)
+    model[1], expected = nn.Tanh(), model(x()).tanh()
+    model.append(nn.GroupNorm(2, 8))
+    assert "has an activation" in accelerate(model).left["1"]
+    assert_close(model[:2](x()), expected)
+
+
 MODES = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
