@@ -249,11 +249,25 @@ class BoundSequential(nn.Sequential):
         self.forward = lambda x: self[0](x)
 
 
+class Calls(Block):
+    def __call__(self, x):
+        return super().__call__(x) + self.norm1(x)
+
+
+class CallsSequential(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.GroupNorm(2, 8), nn.SiLU())
+
+    def __call__(self, x):
+        return self[0](x)
+
+
 @pytest.mark.parametrize(
     ("make", "fused"),
     [(Block, ["norm1", "norm2"]), (Told, []), (Trains, []), (SeenTwice, []), (NormTwice, []), (Depends, []),
      (TwoNames, ["norm1", "norm2"]), (Looped, []), (Functional, []), (OwnSequential, []), (Listed, []), (Selects, []),
-     (Counts, ["norm1", "norm2"]), (Asks, []), (Bound, []), (Backwards, []), (BoundSequential, [])],
+     (Counts, ["norm1", "norm2"]), (Asks, []), (Bound, []), (Backwards, []), (BoundSequential, []),
+     (Calls, []), (CallsSequential, [])],
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip
 def test_what_is_fused_is_certain(make, fused):
@@ -555,6 +569,18 @@ def test_training_goes_on_after_restore():
     restore(model.eval())
     assert not model[1].training
     assert_close(model(x()), y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_that_is_parametrized_meanwhile():
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()))
+    expected = model(x())
+    accelerate(model)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    restore(model)
+    assert_close(model(x()), expected, rtol=1e-5, atol=1e-5)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    restore(model)
+    assert type(model[0]) is nn.GroupNorm
 
 
 @pytest.mark.parametrize("call", [accelerate, restore])

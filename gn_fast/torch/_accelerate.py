@@ -148,6 +148,8 @@ def restore(model: nn.Module) -> None:
     """
     _check_module(model)
     for module in list(model.modules()):
+        if isinstance(module, Accelerated):
+            module.activation = None  # of one that was parametrized meanwhile as well, and has a class for it
         if type(module) is Accelerated:
             del module.activation
             module.__class__ = nn.GroupNorm  # type: ignore[assignment]
@@ -202,8 +204,9 @@ def _followers(parent: nn.Module, shared: Mapping[int, Any]) -> dict[str, list[A
     slots = [slot for slot, m in parent._modules.items() if m is not None and _activations.of_module(m) is not None]
     if not slots:
         return {}
-    if "forward" in vars(parent):
-        return dict.fromkeys(slots, "not fused: the forward of what holds it is another")
+    own_call = type(parent).__call__ is not nn.Module.__call__ and not isinstance(parent, torch.fx.GraphModule)
+    if own_call or "forward" in vars(parent):
+        return dict.fromkeys(slots, "not fused: the forward or the call of what holds it is another")
     if _is_stock_sequence(type(parent)):
         pairs = itertools.pairwise(parent._modules.items())
         return {slot: [norm] for (_, norm), (slot, _) in pairs if slot in slots and type(norm) is Accelerated}
