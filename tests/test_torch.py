@@ -464,6 +464,17 @@ def test_operators_and_transformations_of_some_arguments(transform):
     assert_close(NESTED[transform](ours)(x, w), NESTED[transform](theirs)(x, w))
 
 
+def test_transformations_of_compiled_code():
+    """dynamo, which watches what a transformed call runs, is not to compile the gradient."""
+    x, t = plain(2, 8, 5, dtype=torch.float64), plain(2, 8, 5, dtype=torch.float64).cos()
+    for norm in (stock, group_norm):
+        torch._dynamo.reset()
+        compiled = torch.compile(torch.func.grad(lambda x, norm=norm: norm(x, 2).sin().sum()), backend="eager")
+        found = torch.func.jvp(compiled, (x,), (t,))
+        expected = torch.func.jvp(torch.func.grad(lambda x: stock(x, 2).sin().sum()), (x,), (t,))
+        assert_close(found, expected)
+
+
 def test_tangents_in_compiled_code():
     import torch.autograd.forward_ad as fwAD
 
