@@ -93,6 +93,16 @@ def test_neighbours_in_a_sequential(activation):
     assert torch.equal(model(x()), expected)
 
 
+@pytest.mark.parametrize("slope", [float("inf"), float("nan")])
+def test_a_slope_that_the_kernel_does_not_take(slope):
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.LeakyReLU(slope))
+    expected = model(x())
+    torch._dynamo.reset()
+    assert_close(torch.compile(model, backend=gn_fast.torch.backend)(x()), expected, equal_nan=True)
+    assert not accelerate(model).fused
+    assert_close(model(x()), expected, equal_nan=True)
+
+
 class Block(nn.Module):
     """As residual blocks are: one activation for two norms."""
 
