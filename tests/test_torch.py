@@ -120,6 +120,17 @@ def test_gradients_of_some(wanted):
         assert_close(a, e, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_second_derivatives_of_a_residual_alone(activation):
+    x, r = plain(2, 8, 5), randn(2, 8, 5)
+
+    def second(norm):
+        (dr,) = torch.autograd.grad(norm(x, 2, activation=activation, residual=r).sin().sum(), r, create_graph=True)
+        return dr, *torch.autograd.grad(dr.sum(), r)
+
+    assert_close(second(group_norm), second(stock), rtol=1e-5, atol=1e-5)
+
+
 def test_an_argument_given_twice():
     x = randn(2, 8, 5, 5, dtype=torch.float64)
     w = randn(8, dtype=torch.float64)
@@ -431,9 +442,37 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transformations_in_compiled_code(transform, backend):
     x, w = plain(2, 8, 5, dtype=torch.float64), plain(8, dtype=torch.float64)
-    ours = TRANSFORMS[transform](lambda x, w: group_norm(x, 2, w, activation="silu"))
-    theirs = TRANSFORMS[transform](lambda x, w: stock(x, 2, w, activation="silu"))
+    b = x[0, :, 0].clone()  # a constant
+    ours = TRANSFORMS[transform](lambda x, w: group_norm(x, 2, w, b, activation="silu"))
+    theirs = TRANSFORMS[transform](lambda x, w: stock(x, 2, w, b, activation="silu"))
     assert_close(torch.compile(ours, backend=backend, fullgraph=True)(x, w), theirs(x, w))
+
+
+NESTED = {
+    "hessian": lambda f: lambda x, w: torch.func.hessian(lambda w: f(x, w).sin().sum())(w),
+    "grad of grad": lambda f: torch.func.grad(lambda x, w: torch.func.grad(lambda w: f(x, w).sin().sum())(w).sum()),
+    "jvp of grad": lambda f: lambda x, w: torch.func.jvp(torch.func.grad(lambda w: f(x, w).sum()), (w,), (w.cos(),)),
+}
+
+
+@pytest.mark.parametrize("transform", NESTED)
+def test_operators_and_transformations_of_some_arguments(transform):
+    """What is constant at one level varies at another, or nowhere."""
+    x, w, b, r = arguments(torch.float64, requires_grad=False)
+    ours = lambda x, w: torch.ops.gn_fast.group_norm(x, 2, w, b, 1e-5, "silu", 0.01, r)  # noqa: E731
+    theirs = lambda x, w: stock(x, 2, w, b, activation="silu", residual=r)  # noqa: E731
+    assert_close(NESTED[transform](ours)(x, w), NESTED[transform](theirs)(x, w))
+
+
+def test_transformations_of_compiled_code():
+    """dynamo, which watches what a transformed call runs, is not to compile the gradient."""
+    x, t = plain(2, 8, 5, dtype=torch.float64), plain(2, 8, 5, dtype=torch.float64).cos()
+    for norm in (stock, group_norm):
+        torch._dynamo.reset()
+        compiled = torch.compile(torch.func.grad(lambda x, norm=norm: norm(x, 2).sin().sum()), backend="eager")
+        found = torch.func.jvp(compiled, (x,), (t,))
+        expected = torch.func.jvp(torch.func.grad(lambda x: stock(x, 2).sin().sum()), (x,), (t,))
+        assert_close(found, expected)
 
 
 def test_tangents_in_compiled_code():

@@ -1,6 +1,7 @@
 """A model that is accelerated is the same model: values, state, copies, and what it was before, if wanted."""
 
 import copy
+import functools
 import io
 import pickle
 import random
@@ -90,6 +91,16 @@ def test_neighbours_in_a_sequential(activation):
     assert model[2] is activation
     assert type(model[1]) is nn.GroupNorm
     assert torch.equal(model(x()), expected)
+
+
+@pytest.mark.parametrize("slope", [float("inf"), float("nan")])
+def test_a_slope_that_the_kernel_does_not_take(slope):
+    model = nn.Sequential(nn.GroupNorm(2, 8), nn.LeakyReLU(slope))
+    expected = model(x())
+    torch._dynamo.reset()
+    assert_close(torch.compile(model, backend=gn_fast.torch.backend)(x()), expected, equal_nan=True)
+    assert not accelerate(model).fused
+    assert_close(model(x()), expected, equal_nan=True)
 
 
 class Block(nn.Module):
@@ -248,11 +259,25 @@ class BoundSequential(nn.Sequential):
         self.forward = lambda x: self[0](x)
 
 
+class Calls(Block):
+    def __call__(self, x):
+        return super().__call__(x) + self.norm1(x)
+
+
+class CallsSequential(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.GroupNorm(2, 8), nn.SiLU())
+
+    def __call__(self, x):
+        return self[0](x)
+
+
 @pytest.mark.parametrize(
     ("make", "fused"),
     [(Block, ["norm1", "norm2"]), (Told, []), (Trains, []), (SeenTwice, []), (NormTwice, []), (Depends, []),
      (TwoNames, ["norm1", "norm2"]), (Looped, []), (Functional, []), (OwnSequential, []), (Listed, []), (Selects, []),
-     (Counts, ["norm1", "norm2"]), (Asks, []), (Bound, []), (Backwards, []), (BoundSequential, [])],
+     (Counts, ["norm1", "norm2"]), (Asks, []), (Bound, []), (Backwards, []), (BoundSequential, []),
+     (Calls, []), (CallsSequential, [])],
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip
 def test_what_is_fused_is_certain(make, fused):
@@ -267,6 +292,112 @@ def test_what_is_fused_is_certain(make, fused):
         assert_close(y, e, rtol=1e-5, atol=1e-5)
     restore(model)
     assert torch.equal(model.train()(*inputs[0]), expected[0])
+
+
+class Hands(nn.Module):
+    def forward(self, x, module):
+        return module(x)
+
+
+def by_a_flag(self, x, raw=False):
+    h = self.norm1(x)
+    return h if raw is True else self.act(h)
+
+
+def by_a_name(self, x, mode="none"):
+    h = self.norm1(x)
+    return h if mode in {"none", "linear"} else self.act(h)
+
+
+def by_a_class(self, x):
+    h = self.norm1(x)
+    return h if isinstance(x, torch.Tensor) else self.act(h)
+
+
+def by_the_first_argument(self, x=None, other=None):
+    return self.norm1(other) if x is None else self.act(self.norm1(x))
+
+
+def by_a_childs_mode(self, x):
+    h = self.norm1(x)
+    return self.act(h) if self.norm1.training else h
+
+
+def hands_the_activation_on(self, x):
+    return self.hands(self.act(self.norm1(x)) - 1, self.act)
+
+
+def hands_the_norm_on(self, x):
+    return self.hands(self.act(self.norm1(x)) - 1, self.norm1)
+
+
+def calls_a_forward(self, x):
+    return self.act(self.norm1(x)) + self.norm1.forward(x)
+
+
+@pytest.mark.parametrize(
+    ("forward", "calls"),
+    [(by_a_flag, [{}, {"raw": True}]), (by_a_name, [{}, {"mode": "silu"}]), (by_a_class, [{}]),
+     (by_the_first_argument, [{}, {"x": None, "other": x()}]), (by_a_childs_mode, [{}]), (hands_the_norm_on, [{}]),
+     (hands_the_activation_on, [{}]), (calls_a_forward, [{}])],
+    ids=lambda value: getattr(value, "__name__", None),
+)  # fmt: skip
+def test_what_a_forward_goes_by(forward, calls):
+    model = Block()
+    model.__class__ = type(forward.__name__, (Block,), {"forward": forward})
+    model.hands = Hands()
+    trained(model)
+
+    def run():
+        return [model.train(mode)(**({"x": x()} | call)) for mode in (False, True) for call in calls]
+
+    expected = run()
+    report = accelerate(model)
+    assert not report.fused
+    assert "act" in report.left
+    assert_close(run(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Marks(Block):
+    """Which changes what it holds when it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        self.conv1.seen = x
+        return super().forward(x)
+
+
+def test_a_trace_changes_nothing_that_a_module_holds():
+    model = Marks()
+    assert len(accelerate(model).fused) == 2
+    assert model.calls == 0
+    assert not hasattr(model.conv1, "seen")
+
+
+def test_a_forward_without_a_signature():
+    model = Block()
+    model.__class__ = type("Odd", (Block,), {"forward": min})
+    assert "no signature" in accelerate(model).left["act"]
+
+
+def test_a_norm_with_an_activation_of_its_own_stays():
+    model = nn.GroupNorm(2, 8)
+    model.activation = nn.SiLU()
+    assert "attribute" in accelerate(model).left[""]
+    assert type(model.activation) is nn.SiLU
+
+
+def test_another_activation_in_the_place_of_one_that_was_fused():
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()))
+    accelerate(model)
+    model[1], expected = nn.Tanh(), model(x()).tanh()
+    model.append(nn.GroupNorm(2, 8))
+    assert "has an activation" in accelerate(model).left["1"]
+    assert_close(model[:2](x()), expected)
 
 
 MODES = {
@@ -450,6 +581,18 @@ def test_training_goes_on_after_restore():
     assert_close(model(x()), y, rtol=1e-5, atol=1e-5)
 
 
+def test_a_norm_that_is_parametrized_meanwhile():
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()))
+    expected = model(x())
+    accelerate(model)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    restore(model)
+    assert_close(model(x()), expected, rtol=1e-5, atol=1e-5)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    restore(model)
+    assert type(model[0]) is nn.GroupNorm
+
+
 @pytest.mark.parametrize("call", [accelerate, restore])
 def test_what_is_no_model(call):
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not list"):
@@ -536,3 +679,23 @@ def test_backend_and_modes(mode):
     given = x().requires_grad_()
     found, expected = (torch.autograd.grad(g(given).sum(), given)[0] for g in (compiled(f), f))
     assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_backend_and_what_inductor_is_told(monkeypatch):
+    import torch._inductor.compile_fx
+
+    def spy(graph, example_inputs, *args, config_patches=None, **kwargs):
+        told.append(config_patches)
+        return graph
+
+    told = []
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", spy)
+    model = trained(nn.Sequential(nn.GroupNorm(2, 8), nn.SiLU()))
+    for mode in (None, "max-autotune-no-cudagraphs"):
+        torch._dynamo.reset()
+        options = {"rest": "inductor", "epilogue_fusion": False}
+        call = functools.partial(gn_fast.torch.backend, mode=mode, options=options)
+        assert_close(torch.compile(model, backend=call)(x()), model(x()), rtol=1e-5, atol=1e-5)
+    assert [told_.get("epilogue_fusion") for told_ in told] == [False, False]
+    assert "max_autotune" not in told[0]
+    assert told[1]["max_autotune"]

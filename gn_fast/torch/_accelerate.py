@@ -9,6 +9,7 @@ import copy
 import inspect
 import itertools
 import random
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import nn
 
 from . import _activations
 from ._arrays import DTYPES, Activation
+from ._functional import group_norm
 from ._module import GroupNorm
 
 
@@ -72,7 +74,8 @@ def accelerate(model: nn.Module) -> Report:
     GELU, Mish, Hardswish, Sigmoid or Tanh is fused into the norm before it where it is certain to follow: as its
     neighbour in a `torch.nn.Sequential`, or if `torch.fx` shows that the module that holds both calls the one with the
     result of the other and with nothing else, whichever of its arguments are None, in training or not. A copy of that
-    module is what runs for it. Functions are not seen; `backend` fuses these.
+    module is what runs for it. A norm that is called from elsewhere too, as by who takes a Sequential's children one by
+    one, keeps its activation apart if it has a hook. Functions are not seen; `backend` fuses these.
 
     Parameters
     ----------
@@ -145,6 +148,8 @@ def restore(model: nn.Module) -> None:
     """
     _check_module(model)
     for module in list(model.modules()):
+        if isinstance(module, Accelerated):
+            module.activation = None  # of one that was parametrized meanwhile as well, and has a class for it
         if type(module) is Accelerated:
             del module.activation
             module.__class__ = nn.GroupNorm  # type: ignore[assignment]
@@ -179,6 +184,8 @@ def _why_left(module: nn.Module) -> str:
 
 
 def _why_not_here(module: nn.Module) -> str | None:
+    if hasattr(module, "activation"):
+        return "it has an attribute of its own that is called activation"
     for p in module.parameters():
         if p.device.type not in ("cpu", "meta"):
             return f"it is on {p.device}, and gn_fast works on the CPU"
@@ -197,8 +204,9 @@ def _followers(parent: nn.Module, shared: Mapping[int, Any]) -> dict[str, list[A
     slots = [slot for slot, m in parent._modules.items() if m is not None and _activations.of_module(m) is not None]
     if not slots:
         return {}
-    if "forward" in vars(parent):
-        return dict.fromkeys(slots, "not fused: the forward of what holds it is another")
+    own_call = type(parent).__call__ is not nn.Module.__call__ and not isinstance(parent, torch.fx.GraphModule)
+    if own_call or "forward" in vars(parent):
+        return dict.fromkeys(slots, "not fused: the forward or the call of what holds it is another")
     if _is_stock_sequence(type(parent)):
         pairs = itertools.pairwise(parent._modules.items())
         return {slot: [norm] for (_, norm), (slot, _) in pairs if slot in slots and type(norm) is Accelerated}
@@ -224,6 +232,8 @@ def _why_apart(module: nn.Module, places: Counter[int]) -> str | None:
         return f"{name} has hooks, which see what is between them"
     if "forward" in vars(module):
         return f"{name}'s forward is another"
+    if isinstance(module, Accelerated) and module.activation is not None:
+        return "the norm has an activation"
     if isinstance(module, nn.GroupNorm) and places[id(module)] > 1:
         return f"{name} is in several places"
     if not isinstance(module, nn.GroupNorm) and (module._parameters or module._buffers or module._modules):
@@ -238,8 +248,19 @@ class _UnclearError(Exception):
     """What a module does cannot be told from a trace."""
 
 
+class _Proxy(torch.fx.Proxy):
+    """Is found in no set and no dict, where what it stands for may be."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class _Shallow(torch.fx.Tracer):
     """Sees one module's own forward, its children as calls, and the modes that these run in."""
+
+    proxy_buffer_attributes = True  # or what a forward does to a buffer in place would be done
+
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -252,32 +273,62 @@ class _Shallow(torch.fx.Tracer):
 
 
 def _runs(parent: nn.Module, slots: list[str], shared: Mapping[int, Any]) -> Iterator[torch.fx.Graph]:
-    """Graphs of a module's forward: in training or not, and with any argument but the first None."""
-    parameters = list(inspect.signature(parent.forward).parameters.values())[1:]
-    ordinary = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    """Graphs of a module's forward: in training or not, and with arguments None, True or False."""
+    if _looks_at_classes(parent):
+        raise _UnclearError("it may look at the class of an argument, which is no tensor in a trace")
     others = {key: value for key, value in shared.items() if value is not parent}
 
-    def trace(training: bool, absent: list[str], stand_in: Callable[[nn.Module], nn.Module]) -> torch.fx.Graph:
+    def trace(training: bool, given: dict[str, Any], stand_in: Callable[[nn.Module], nn.Module]) -> torch.fx.Graph:
         trial = copy.deepcopy(parent, dict(others))
         for slot in slots:  # other objects, so that a call by another reference to the activation is seen
             trial._modules[slot] = stand_in(parent.get_submodule(slot))
-        trial.training = training
-        return _Shallow().trace(trial, concrete_args=dict.fromkeys(absent) or None)
+        for module in trial.modules():
+            if "training" in vars(module):
+                module.training = training
+        return _Shallow().trace(trial, concrete_args=given or None)
 
     for training in (False, True):
-        for absent in ([], *([name] for name in ordinary), ordinary):
+        for given in _arguments(parent):
             try:
-                with _no_random_numbers():
-                    graph, after = trace(training, absent, copy.copy), trace(training, absent, Fused)
+                with _nothing_left_behind(parent):
+                    graph, after = trace(training, given, copy.copy), trace(training, given, Fused)
             except _UnclearError:
                 raise
             except Exception as error:  # whatever a forward raises that is not given tensors
-                if absent and _speaks_of_none(error):
+                if None in given.values() and _speaks_of_none(error):
                     continue
                 raise _UnclearError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
             if str(graph) != str(after):
                 raise _UnclearError("it looks at the class of its activation")
             yield graph
+
+
+def _looks_at_classes(parent: nn.Module) -> bool:
+    """By the names in the code of its forward and of the methods that this calls."""
+    todo, names = ["forward"], {"forward"}
+    own = [vars(kind) for kind in type(parent).__mro__ if kind is not nn.Module]
+    while todo:
+        name = todo.pop()
+        methods = [inspect.unwrap(kind[name]) for kind in own if name in kind]
+        codes = [method.__code__ for method in methods if inspect.isfunction(method)]
+        while codes:
+            code = codes.pop()
+            codes += [c for c in code.co_consts if inspect.iscode(c)]
+            todo += {*code.co_names} - names
+            names.update(code.co_names)
+    return not names.isdisjoint({"isinstance", "is_tensor"})
+
+
+def _arguments(parent: nn.Module) -> list[dict[str, Any]]:
+    """What forward is given besides tensors: any argument None, all of them, and flags either way."""
+    try:
+        parameters = inspect.signature(parent.forward).parameters.values()
+    except ValueError as error:
+        raise _UnclearError(str(error)) from None
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    ordinary = [p.name for i, p in enumerate(named) if i or p.default is not p.empty]
+    flags = [{p.name: value} for p in named if isinstance(p.default, bool) for value in (True, False)]
+    return [{}, *({name: None} for name in ordinary), dict.fromkeys(ordinary), *flags]
 
 
 def _speaks_of_none(error: Exception) -> bool:
@@ -287,16 +338,23 @@ def _speaks_of_none(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _no_random_numbers() -> Iterator[None]:
-    """A forward that draws some itself may do anything; others find theirs as they were."""
+def _nothing_left_behind(parent: nn.Module) -> Iterator[None]:
+    """A forward that draws random numbers may do anything; others find theirs, and what they hold, as they were."""
     before = _random_states()
+    held = [d for m in parent.modules() for d in (vars(m), m._modules, m._parameters, m._buffers) if type(d) is dict]
+    was = [dict(d) for d in held]
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
         after = _random_states()
     finally:
         torch.set_rng_state(before[0])
         random.setstate(before[1])
         np.random.set_state(before[2])  # noqa: NPY002
+        for now, then in zip(held, was, strict=True):
+            now.update(then)
+            for added in now.keys() - then.keys():
+                del now[added]
     same = torch.equal(before[0], after[0]), before[1] == after[1], *map(np.array_equal, before[2], after[2])
     if not all(same):
         raise _UnclearError("it draws random numbers")
@@ -310,8 +368,10 @@ def _calls(parent: nn.Module, slots: list[str], graph: torch.fx.Graph) -> Follow
     """The activations that see nothing but the results of norms, which nobody else sees."""
     calls: dict[str, list[torch.fx.Node]] = {}
     for node in graph.nodes:
-        if node.op == "call_module":
+        if node.op in ("call_module", "get_attr"):  # or is handed on, to be called elsewhere
             calls.setdefault(str(node.target), []).append(node)
+        elif node.target is group_norm:
+            raise _UnclearError("it calls the forward of a norm")
 
     def norm_of(node: torch.fx.Node) -> Accelerated | None:
         before = node.args[0] if len(node.args) == 1 and not node.kwargs else None

@@ -19,12 +19,13 @@ def _gelu(approximate: str = "none") -> Activation:
 
 
 def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation:
-    return ("leaky_relu", negative_slope) if isinstance(negative_slope, int | float) else None
+    number = isinstance(negative_slope, int | float) and not isinstance(negative_slope, bool)
+    return ("leaky_relu", negative_slope) if number and abs(negative_slope) < 3e38 else None  # what the kernel takes
 
 
 _MODULES: Mapping[type[nn.Module], Callable[[Any], Activation]] = {
     nn.ReLU: lambda m: "relu",
-    nn.LeakyReLU: lambda m: ("leaky_relu", m.negative_slope),
+    nn.LeakyReLU: lambda m: _leaky_relu(m.negative_slope),
     nn.SiLU: lambda m: "silu",
     nn.GELU: lambda m: _gelu(m.approximate),
     nn.Mish: lambda m: "mish",

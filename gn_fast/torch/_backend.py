@@ -48,7 +48,11 @@ def backend(
     options = dict(options or {})
     rest = options.pop("rest", "eager")
     more = {name: value for name, value in (("mode", mode), ("options", options)) if value}
-    compiled: Callable[..., Any] = torch._dynamo.lookup_backend(rest)(graph, example_inputs, **more)
+    compiled: Callable[..., Any]
+    if rest == "inductor":  # which takes neither, where torch.compile is not what calls it
+        compiled = torch._TorchCompileInductorWrapper(mode, options, None)(graph, example_inputs)  # type: ignore[no-untyped-call]
+    else:
+        compiled = torch._dynamo.lookup_backend(rest)(graph, example_inputs, **more)
     return compiled
 
 

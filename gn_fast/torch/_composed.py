@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.eager_transforms import enable_inplace_requires_grad as requires_grad_allowed
 
 from ._arrays import Activation
 
@@ -63,13 +64,16 @@ def gradients(
     activation: Activation,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of input, weight, bias and residual that are wanted, differentiable where gradients are enabled."""
+    if not any(wanted):
+        return (None,) * len(wanted)
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views: an argument that is given twice, x as its own residual, has two gradients.
-        views = [
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_(want)
-            for t, want in zip(tensors, wanted, strict=True)
-        ]
+    with torch.enable_grad(), requires_grad_allowed(True):
+        # Views: an argument that is given twice, x as its own residual, has two gradients. Not by detach, which at one
+        # level of torch.func cuts the levels below as well.
+        views = [None if t is None else t.view_as(t) for t in tensors]
+        for v, want in zip(views, wanted, strict=True):
+            if v is not None and want:
+                v.requires_grad_()
         y = group_norm(*views, num_groups, eps, activation)  # type: ignore[arg-type, call-arg]
         asked = [v for v, want in zip(views, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(y, asked, dy, create_graph=again))  # type: ignore[arg-type]

@@ -108,6 +108,7 @@ class _Forward(torch.autograd.Function):
         return found
 
     @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # dynamo fails at it, where compiled code is transformed
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Any, ...]:
         input, weight, bias, residual, mean, m2 = ctx.saved_tensors
         num_groups, eps, activation, slope = ctx.call
