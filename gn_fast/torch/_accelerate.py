@@ -4,18 +4,13 @@ A norm stays the object that it is and changes its class; an activation that its
 place where it is called, by a module that passes its input on and keeps the activation for `restore`.
 """
 
-import contextlib
 import copy
-import inspect
 import itertools
-import random
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +18,7 @@ from . import _activations
 from ._arrays import DTYPES, Activation
 from ._functional import group_norm
 from ._module import GroupNorm
+from ._trace import UnclearError, graphs
 
 
 class Accelerated(GroupNorm):
@@ -210,9 +206,12 @@ def _followers(parent: nn.Module, shared: Mapping[int, Any]) -> dict[str, list[A
     if _is_stock_sequence(type(parent)):
         pairs = itertools.pairwise(parent._modules.items())
         return {slot: [norm] for (_, norm), (slot, _) in pairs if slot in slots and type(norm) is Accelerated}
+    # Other objects, so that a call by another reference to the activation is seen.
+    modules = {slot: parent.get_submodule(slot) for slot in slots}
+    stand_ins = [{slot: make(m) for slot, m in modules.items()} for make in (copy.copy, Fused)]
     try:
-        first, *others = (_calls(parent, slots, run) for run in _runs(parent, slots, shared))
-    except _UnclearError as error:
+        first, *others = (_calls(parent, slots, graph) for graph in graphs(parent, stand_ins, shared))
+    except UnclearError as error:
         return dict.fromkeys(slots, f"not fused: what {type(parent).__qualname__} does cannot be followed: {error}")
     certain = {slot: norms for slot, norms in first.items() if all(other.get(slot) == norms for other in others)}
     unsure = "not fused: what it sees is not, in every run, the result of a norm that nobody else sees"
@@ -241,129 +240,6 @@ def _why_apart(module: nn.Module, places: Counter[int]) -> str | None:
     return None
 
 
-# ---- what torch.fx shows ---------------------------------------------------------------------------------
-
-
-class _UnclearError(Exception):
-    """What a module does cannot be told from a trace."""
-
-
-class _Proxy(torch.fx.Proxy):
-    """Is found in no set and no dict, where what it stands for may be."""
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-class _Shallow(torch.fx.Tracer):
-    """Sees one module's own forward, its children as calls, and the modes that these run in."""
-
-    proxy_buffer_attributes = True  # or what a forward does to a buffer in place would be done
-
-    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-    def create_node(self, *args: Any, **kwargs: Any) -> torch.fx.Node:
-        node = super().create_node(*args, **kwargs)
-        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        node.meta["modes"] = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
-        return node
-
-
-def _runs(parent: nn.Module, slots: list[str], shared: Mapping[int, Any]) -> Iterator[torch.fx.Graph]:
-    """Graphs of a module's forward: in training or not, and with arguments None, True or False."""
-    if _looks_at_classes(parent):
-        raise _UnclearError("it may look at the class of an argument, which is no tensor in a trace")
-    others = {key: value for key, value in shared.items() if value is not parent}
-
-    def trace(training: bool, given: dict[str, Any], stand_in: Callable[[nn.Module], nn.Module]) -> torch.fx.Graph:
-        trial = copy.deepcopy(parent, dict(others))
-        for slot in slots:  # other objects, so that a call by another reference to the activation is seen
-            trial._modules[slot] = stand_in(parent.get_submodule(slot))
-        for module in trial.modules():
-            if "training" in vars(module):
-                module.training = training
-        return _Shallow().trace(trial, concrete_args=given or None)
-
-    for training in (False, True):
-        for given in _arguments(parent):
-            try:
-                with _nothing_left_behind(parent):
-                    graph, after = trace(training, given, copy.copy), trace(training, given, Fused)
-            except _UnclearError:
-                raise
-            except Exception as error:  # whatever a forward raises that is not given tensors
-                if None in given.values() and _speaks_of_none(error):
-                    continue
-                raise _UnclearError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from None
-            if str(graph) != str(after):
-                raise _UnclearError("it looks at the class of its activation")
-            yield graph
-
-
-def _looks_at_classes(parent: nn.Module) -> bool:
-    """By the names in the code of its forward and of the methods that this calls."""
-    todo, names = ["forward"], {"forward"}
-    own = [vars(kind) for kind in type(parent).__mro__ if kind is not nn.Module]
-    while todo:
-        name = todo.pop()
-        methods = [inspect.unwrap(kind[name]) for kind in own if name in kind]
-        codes = [method.__code__ for method in methods if inspect.isfunction(method)]
-        while codes:
-            code = codes.pop()
-            codes += [c for c in code.co_consts if inspect.iscode(c)]
-            todo += {*code.co_names} - names
-            names.update(code.co_names)
-    return not names.isdisjoint({"isinstance", "is_tensor"})
-
-
-def _arguments(parent: nn.Module) -> list[dict[str, Any]]:
-    """What forward is given besides tensors: any argument None, all of them, and flags either way."""
-    try:
-        parameters = inspect.signature(parent.forward).parameters.values()
-    except ValueError as error:
-        raise _UnclearError(str(error)) from None
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    ordinary = [p.name for i, p in enumerate(named) if i or p.default is not p.empty]
-    flags = [{p.name: value} for p in named if isinstance(p.default, bool) for value in (True, False)]
-    return [{}, *({name: None} for name in ordinary), dict.fromkeys(ordinary), *flags]
-
-
-def _speaks_of_none(error: Exception) -> bool:
-    """Whether a forward refuses None for an argument, as it would in a real run."""
-    own = isinstance(error, AssertionError | ValueError) and not isinstance(error, torch.fx.proxy.TraceError)
-    return own or "NoneType" in str(error)
-
-
-@contextlib.contextmanager
-def _nothing_left_behind(parent: nn.Module) -> Iterator[None]:
-    """A forward that draws random numbers may do anything; others find theirs, and what they hold, as they were."""
-    before = _random_states()
-    held = [d for m in parent.modules() for d in (vars(m), m._modules, m._parameters, m._buffers) if type(d) is dict]
-    was = [dict(d) for d in held]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-        after = _random_states()
-    finally:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])  # noqa: NPY002
-        for now, then in zip(held, was, strict=True):
-            now.update(then)
-            for added in now.keys() - then.keys():
-                del now[added]
-    same = torch.equal(before[0], after[0]), before[1] == after[1], *map(np.array_equal, before[2], after[2])
-    if not all(same):
-        raise _UnclearError("it draws random numbers")
-
-
-def _random_states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
 def _calls(parent: nn.Module, slots: list[str], graph: torch.fx.Graph) -> Followers:
     """The activations that see nothing but the results of norms, which nobody else sees."""
     calls: dict[str, list[torch.fx.Node]] = {}
@@ -371,7 +247,7 @@ def _calls(parent: nn.Module, slots: list[str], graph: torch.fx.Graph) -> Follow
         if node.op in ("call_module", "get_attr"):  # or is handed on, to be called elsewhere
             calls.setdefault(str(node.target), []).append(node)
         elif node.target is group_norm:
-            raise _UnclearError("it calls the forward of a norm")
+            raise UnclearError("it calls the forward of a norm")
 
     def norm_of(node: torch.fx.Node) -> Accelerated | None:
         before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
