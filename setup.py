@@ -17,11 +17,11 @@ from setuptools.errors import CompileError, LinkError
 # The table of instruction sets, weakest first, by the macro of what is compiled for: the machine that
 # compiles may be another, or run a 32-bit Python. GCC stays at 256 bits on v4 unless told otherwise, and
 # unless tuned for this clears arrays of 128 bytes by `rep stos`, which takes as long as some hundred
-# values.
+# values. On v2 loops that are not unswitched are as fast or faster, and 12 KB less of a wheel.
 TUNE = "-mtune=skylake-avx512"
 ISA = {
     "__x86_64__": {
-        "x86_64_v2": ["-march=x86-64-v2", TUNE],
+        "x86_64_v2": ["-march=x86-64-v2", TUNE, "-fno-unswitch-loops"],
         "x86_64_v3": ["-march=x86-64-v3", TUNE],
         "x86_64_v4": ["-march=x86-64-v4", TUNE, "-mprefer-vector-width=512"],
     },
