@@ -105,6 +105,7 @@ cdef struct Task:  # a chunk of a unit
     const double *known  # what earlier passes found of the unit
     double *found  # where this one puts what it finds
     const Scratch *scratch
+    void *kept  # dy' of the unit, from the pass of its sums to that of dx, or NULL
 
 cdef struct Pass:  # one sweep over the chunks of a unit
     # What it writes, to `found` or to the output, depends on `known` and the chunk only.

@@ -198,6 +198,8 @@ cdef struct Plan:
     Py_ssize_t batch  # units that a thread brings to the end of a pass before it begins the next
     char *scratch  # of each thread
     Py_ssize_t scratch_bytes
+    char *kept  # of each thread: dy' of a batch
+    Py_ssize_t kept_bytes  # of each unit, or 0
 
 
 cdef void work_alone(const void *whole, int thread) noexcept nogil:
@@ -228,6 +230,9 @@ cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int
     """Units that follow one another, each from its moments to its output while it is in the thread's cache. Small ones
     go through each pass together, as memory is read faster in long runs."""
     cdef double *known = plan.found + thread * (plan.batch + 1) * plan.size
+    cdef double *found = known + plan.batch * plan.size
+    cdef char *kept = plan.kept + thread * plan.batch * plan.kept_bytes
+    cdef Task task = Task(plan.job, 0, 0, NULL, NULL, scratch, NULL)
     cdef Py_ssize_t last, unit
     cdef int i
     while first < stop:
@@ -235,29 +240,33 @@ cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int
         memset(known, 0, (last - first) * plan.size * sizeof(double))
         for i in range(plan.count):
             for unit in range(first, last):
-                work_on_unit(plan, i, unit, known + (unit - first) * plan.size, known + plan.batch * plan.size, scratch)
+                task.unit = unit
+                task.known = known + (unit - first) * plan.size
+                if plan.kept_bytes:
+                    task.kept = kept + (unit - first) * plan.kept_bytes
+                work_on_unit(plan, i, &task, known + (unit - first) * plan.size, found)
         first = last
 
 
-cdef void work_on_unit(const Plan *plan, int i, Py_ssize_t unit, double *known, double *found,
-                       const Scratch *scratch) noexcept nogil:
+cdef void work_on_unit(const Plan *plan, int i, Task *task, double *known, double *found) noexcept nogil:
     cdef const Pass *p = &plan.passes[i]
-    cdef Task task = Task(plan.job, unit, 0, known, known, scratch)
     cdef Py_ssize_t k
+    task.chunk = 0
+    task.found = known
     if p.merge != NULL:
-        p.stage(&task)
+        p.stage(task)
         for k in range(1, plan.job.chunks):
             memset(found, 0, plan.size * sizeof(double))
             task.chunk = k
             task.found = found
-            p.stage(&task)
+            p.stage(task)
             p.merge(plan.job, known, found)
     elif p.stage != NULL:
         for k in range(plan.job.chunks - 1, -1, -1):  # backwards: the end is still in the cache
             task.chunk = k
-            p.stage(&task)
+            p.stage(task)
     if p.settle != NULL:
-        p.settle(plan.job, unit, known, scratch)
+        p.settle(plan.job, task.unit, known, task.scratch)
 
 
 cdef struct Sweep:  # a pass over the chunks of one unit
@@ -294,7 +303,7 @@ cdef void sweep(const void *s, int thread) noexcept nogil:
     cdef Py_ssize_t last = (thread + 1) * plan.job.chunks // plan.threads - 1
     cdef unsigned before = gn_enter_mode(plan.mode)
     cdef Scratch scratch = plan.kernel.scratch_of(plan.job, plan.scratch + thread * plan.scratch_bytes)
-    cdef Task task = Task(plan.job, unit, 0, plan.found, NULL, &scratch)
+    cdef Task task = Task(plan.job, unit, 0, plan.found, NULL, &scratch, NULL)
     for k in range(last - first + 1):
         chunk = last - k if i % 2 else first + k
         task.chunk = chunk
@@ -339,6 +348,16 @@ cdef Py_ssize_t bytes_ahead(const Plan *plan, Py_ssize_t unit_bytes, bint togeth
     return plan.batch * unit_bytes
 
 
+cdef Py_ssize_t bytes_kept(const Plan *plan, bint together) noexcept nogil:
+    """Of a unit's dy', which with an activation takes long to make twice, if the last level has room for it."""
+    cdef const Job *job = plan.job
+    cdef Py_ssize_t bytes = job.C * job.S * job.N // job.units * (8 if job.work == FLOAT64 else 4)
+    if (together or job.activation == IDENTITY or job.mask.data != NULL or plan.count < 2
+            or plan.passes[plan.count - 2].stage != plan.kernel.sums.stage):
+        return 0
+    return bytes if 4 * plan.threads * bytes <= LAST_LEVEL_BYTES else 0
+
+
 cdef int run(Plan *plan, wanted_threads) except -1:
     """Carry the plan out on as many threads as are worth it."""
     cdef Job *job = plan.job
@@ -364,12 +383,15 @@ cdef int run(Plan *plan, wanted_threads) except -1:
     plan.mode = gn_mode()
     plan.scratch_bytes = plan.kernel.scratch_bytes(job)
     found = (job.chunks if together else plan.threads * (plan.batch + 1)) * plan.size * <Py_ssize_t> sizeof(double) + 63 & ~63
-    plan.scratch = <char *> PyMem_RawMalloc(plan.threads * plan.scratch_bytes + found + 64)
+    plan.kept_bytes = bytes_kept(plan, together) + 63 & ~<Py_ssize_t> 63
+    plan.scratch = <char *> PyMem_RawMalloc(
+        plan.threads * (plan.scratch_bytes + plan.batch * plan.kept_bytes) + found + 64)
     if plan.scratch == NULL:
         raise MemoryError("no memory for what is found of a unit of work")
     memory = <Py_ssize_t> plan.scratch
     plan.found = <double *> (plan.scratch + (-memory & 63))
     plan.scratch = <char *> plan.found + found
+    plan.kept = plan.scratch + plan.threads * plan.scratch_bytes
     with nogil:
         if together:
             work_together(plan)

@@ -347,12 +347,26 @@ cdef void clean(const uint8_t *mask, const stored *dy, stored *values, Py_ssize_
                 put_value(values + j, 0)
 
 
+cdef inline stored *kept_tile(const Task *task, const Span *t, const stored *_) noexcept nogil:
+    """Where dy' of a tile is kept until dx is made of it, or NULL. In float32, where a group's dx is, its sums were."""
+    cdef const Job *job = task.job
+    cdef Unit u = unit_of(job, task.unit)
+    if task.kept == NULL or storage_as(_) != job.work:
+        return NULL
+    if not job.channels_last:
+        return <stored *> task.kept + (t.c - u.c) * job.S + t.s
+    if t.c % STRIP == 0 and t.lanes == min(STRIP, job.C - t.c):
+        return <stored *> task.kept + t.c * job.S + t.s * t.lanes
+    return NULL
+
+
 cdef const stored *gradient_tile(const Task *task, int way, const Span *t, const stored *x, const void *parameters,
                                  vec like) noexcept nogil:
     """dy' of a tile: in scratch, if it is asked for again when dx, which may lie in dy's place, is there."""
     cdef const Job *job = task.job
     cdef stored *z = <stored *> task.scratch.y
-    cdef stored *own = <stored *> task.scratch.dy
+    cdef stored *kept = kept_tile(task, t, x)
+    cdef stored *own = <stored *> task.scratch.dy if kept == NULL else kept
     cdef const stored *dy = own
     cdef const uint8_t *mask = load_mask(job, t[0], task.scratch.mask)
     cdef Py_ssize_t positions = t.rows if job.channels_last else t.lanes, lanes = t.lanes if job.channels_last else 1
@@ -411,7 +425,9 @@ cdef void apply_tile(const Task *task, int way, int kind, const Span *t, const v
     cdef stored *y = target(job, &job.y, t, <stored *> task.scratch.y)
     if kind == DX:
         x = x_of(job, t, task.scratch, _)
-        other = gradient_tile(task, way, t, x, parameters, like)
+        other = kept_tile(task, t, _)
+        if other == NULL:
+            other = gradient_tile(task, way, t, x, parameters, like)
     else:
         x = packed(job, &job.x, t, <stored *> task.scratch.x)
         other = packed(job, &job.residual, t, <stored *> task.scratch.y)

@@ -1,9 +1,6 @@
 # The walk of channels-last arrays, row by row of channels: each channel is a lane, and so is, where there are few
 # channels, each of several positions that share a row. Lanes are added up by group at the end of a chunk.
 
-cdef enum:
-    STRIP = 48  # lanes that few channels are folded to, and channels of a tile that must be gathered
-
 
 cdef inline Py_ssize_t fold_of(const Job *job) noexcept nogil:
     """How many positions share a row: if it can be, such that vectors are whole."""
@@ -425,7 +422,7 @@ cdef void apply_chunk(const Task *task, int kind, const Span *whole, Grid *g, co
         apply_positions(job, kind, start_of(&job.x, &t, _), start_of(other, &t, _), y, g, like)
         return
     while t.c < stop_c:
-        t.lanes = min(TILE, stop_c - t.c)
+        t.lanes = min(TILE if task.kept == NULL else STRIP, stop_c - t.c)
         t.s = whole.s
         while t.s < stop:
             t.rows = min(stop - t.s, TILE // t.lanes)
