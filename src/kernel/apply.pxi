@@ -324,9 +324,10 @@ cdef inline bint nothing_counts(const Job *job, const double *known) noexcept no
     return none
 
 
-cdef inline bint plain_dx(const Task *task) noexcept nogil:
-    """Whether dx is of x and dy as they lie in memory."""
-    return plain_gradient(task.job) and not nothing_counts(task.job, task.known)
+cdef inline bint plain_dx(const Task *task, const void *kept) noexcept nogil:
+    """Whether dx is of x, and of dy as it lies in memory or dy' as it is kept, and nothing else is written."""
+    return ((plain_gradient(task.job) or (kept != NULL and task.job.dresidual.data == NULL))
+            and not nothing_counts(task.job, task.known))
 
 
 cdef inline const stored *x_of(const Job *job, const Span *t, const Scratch *scratch, const stored *_) noexcept nogil:
@@ -355,9 +356,7 @@ cdef inline stored *kept_tile(const Task *task, const Span *t, const stored *_) 
         return NULL
     if not job.channels_last:
         return <stored *> task.kept + (t.c - u.c) * job.S + t.s
-    if t.c % STRIP == 0 and t.lanes == min(STRIP, job.C - t.c):
-        return <stored *> task.kept + t.c * job.S + t.s * t.lanes
-    return NULL
+    return <stored *> task.kept + t.s * job.C if t.lanes == job.C and job.C <= TILE else NULL
 
 
 cdef const stored *gradient_tile(const Task *task, int way, const Span *t, const stored *x, const void *parameters,

@@ -257,7 +257,7 @@ cdef void apply_part(const Task *task, int kind, const Part *p, Runs *runs, cons
     cdef Span t = span_of(p)
     runs.flow.stream = False
     runs.flow.ahead = job.ahead if in_runs(job, &job.x, _) else 0
-    if runs_directly(job, p, other, _) and (kind != DX or plain_dx(task)):
+    if runs_directly(job, p, other, _) and (kind != DX or plain_dx(task, NULL)):
         runs.channels = p.channels
         runs.values = p.values
         runs.xstep = steps_of(&job.x, _)

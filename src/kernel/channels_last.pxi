@@ -1,6 +1,9 @@
 # The walk of channels-last arrays, row by row of channels: each channel is a lane, and so is, where there are few
 # channels, each of several positions that share a row. Lanes are added up by group at the end of a chunk.
 
+cdef enum:
+    STRIP = 48  # lanes that few channels are folded to, and channels of a tile that must be gathered
+
 
 cdef inline Py_ssize_t fold_of(const Job *job) noexcept nogil:
     """How many positions share a row: if it can be, such that vectors are whole."""
@@ -168,6 +171,21 @@ cdef inline Py_ssize_t rows_together(const Job *job, Py_ssize_t left) noexcept n
     return rows if left >= 2 * rows else left
 
 
+cdef const stored *keep_rows(const Task *task, const Span *whole, const Grid *g, const stored *_, vec like) noexcept nogil:
+    """dy' of a chunk, row by row, if it is kept; else NULL."""
+    cdef Span t = whole[0]
+    cdef Py_ssize_t stop = whole.s + whole.rows
+    cdef Grid strip
+    if g == NULL or kept_tile(task, whole, _) == NULL:
+        return NULL
+    while t.s < stop:
+        t.rows = min(stop - t.s, TILE // t.lanes)
+        strip = strip_of(g, &t, like)
+        gradient_tile(task, GRID, &t, x_of(task.job, &t, task.scratch, _), &strip, like)
+        t.s += t.rows
+    return kept_tile(task, whole, _)
+
+
 cdef Py_ssize_t sum_rows(const Task *task, const Span *whole, const Lanes *l, const Grid *g, const stored *_,
                          vec like) noexcept nogil:
     """The sums of each channel of a chunk about its pivot: of its moments, or with parameters, of its gradient. Returns
@@ -175,7 +193,8 @@ cdef Py_ssize_t sum_rows(const Task *task, const Span *whole, const Lanes *l, co
     cdef const Job *job = task.job
     cdef const Scratch *scratch = task.scratch
     cdef const stored *x
-    cdef const stored *dy = NULL
+    cdef const stored *dy
+    cdef const stored *kept = keep_rows(task, whole, g, _, like)
     cdef Py_ssize_t count = whole.rows, stop = whole.s + whole.rows, i, c
     cdef Span t = whole[0]
     cdef double rest
@@ -189,9 +208,13 @@ cdef Py_ssize_t sum_rows(const Task *task, const Span *whole, const Lanes *l, co
     rows.rows = t.rows
     rows.lanes = job.C
     rows.row = rows.dyrow = row_of(&job.x, _)
-    if in_rows(job, &job.x, _) and (job.mask.data == NULL if g == NULL else plain_gradient(job) and in_rows(job, &job.dy, _)):
+    if in_rows(job, &job.x, _) and (job.mask.data == NULL if g == NULL else
+                                    kept != NULL or (plain_gradient(job) and in_rows(job, &job.dy, _))):
         rows.ahead = job.ahead if g == NULL and rows.row == job.C else 0
-        if g != NULL:
+        dy = kept
+        if kept != NULL:
+            rows.dyrow = job.C
+        elif g != NULL:
             rows.dyrow = row_of(&job.dy, _)
             dy = start_of(&job.dy, &t, _)
         add_in(job, start_of(&job.x, &t, _), dy, &rows, l, 0, like)
@@ -204,15 +227,21 @@ cdef Py_ssize_t sum_rows(const Task *task, const Span *whole, const Lanes *l, co
             count = 0
             while t.s < stop:
                 t.rows = rows.rows = rows_together(job, stop - t.s)
+                dy = NULL
+                rows.dyrow = t.lanes
                 if g == NULL:
                     x = load_tile(job, &job.x, &t, <stored *> scratch.x, &rows.row)
                     rows.rows = pack(x, rows.row, &t, load_mask(job, t, scratch.mask), <stored *> scratch.x)
                     x = <stored *> scratch.x
                 else:
-                    strip = strip_of(g, &t, like)
                     x = x_of(job, &t, scratch, _)
+                if kept != NULL:
+                    dy = kept + (t.s - whole.s) * job.C + c
+                    rows.dyrow = job.C
+                elif g != NULL:
+                    strip = strip_of(g, &t, like)
                     dy = gradient_tile(task, GRID, &t, x, &strip, like)
-                rows.lanes = rows.row = rows.dyrow = t.lanes
+                rows.lanes = rows.row = t.lanes
                 count += rows.rows
                 add_in(job, x, dy, &rows, l, c, like)
                 t.s += t.rows
@@ -406,23 +435,25 @@ cdef void apply_chunk(const Task *task, int kind, const Span *whole, Grid *g, co
     """y or dx of some channels, where they lie or tile by tile."""
     cdef const Job *job = task.job
     cdef const View *other = &job.dy if kind == DX else &job.residual
+    cdef const stored *kept = kept_tile(task, whole, _) if kind == DX else NULL
     cdef stored *y = <stored *> start_of(&job.y, whole, _)
     cdef Py_ssize_t stop_c = whole.c + whole.lanes, stop = whole.s + whole.rows
     cdef Span t = whole[0]
     cdef Grid strip
     g.flow.ahead = job.ahead
     g.flow.stream = job.y.streamed
-    if (t.lanes == job.C and in_rows(job, &job.x, _) and in_rows(job, other, _) and in_rows(job, &job.y, _)
-            and (not job.y.streamed or streams(job, other, y)) and (kind != DX or plain_dx(task))):
+    if (t.lanes == job.C and in_rows(job, &job.x, _) and in_rows(job, &job.y, _)
+            and (not job.y.streamed or streams(job, other, y))
+            and (kept != NULL or in_rows(job, other, _)) and (kind != DX or plain_dx(task, kept))):
         g.rows = t.rows
         g.lanes = t.lanes
         g.xrow = row_of(&job.x, _)
-        g.orow = row_of(other, _)
+        g.orow = row_of(other, _) if kept == NULL else job.C
         g.yrow = row_of(&job.y, _)
-        apply_positions(job, kind, start_of(&job.x, &t, _), start_of(other, &t, _), y, g, like)
+        apply_positions(job, kind, start_of(&job.x, &t, _), start_of(other, &t, _) if kept == NULL else kept, y, g, like)
         return
     while t.c < stop_c:
-        t.lanes = min(TILE if task.kept == NULL else STRIP, stop_c - t.c)
+        t.lanes = min(TILE, stop_c - t.c)
         t.s = whole.s
         while t.s < stop:
             t.rows = min(stop - t.s, TILE // t.lanes)

@@ -171,7 +171,7 @@ cdef void short_apply(const Task *task, int kind, const stored *_, vec like) noe
     for g in range(p.groups if vec is floats else 0):
         carried &= short_carried(&p, g, slopes != NULL)
     if (carried and all_ready(job, &p, other, _) and lies_ready(job, &p, &job.y, _) and not job.y.streamed
-            and (kind != DX or plain_dx(task))):
+            and (kind != DX or plain_dx(task, NULL))):
         set_parameters(job, &p, 0, p.i, p.values)
         apply_values(kind, start_of(&job.x, &p.t, _), start_of(other, &p.t, _), <stored *> start_of(&job.y, &p.t, _),
                      &p.a, like)
