@@ -255,16 +255,18 @@ cdef void apply_part(const Task *task, int kind, const Part *p, Runs *runs, cons
     cdef const Job *job = task.job
     cdef const View *other = &job.dy if kind == DX else &job.residual
     cdef Span t = span_of(p)
+    cdef const stored *kept = kept_tile(task, &t, _) if kind == DX else NULL
     runs.flow.stream = False
     runs.flow.ahead = job.ahead if in_runs(job, &job.x, _) else 0
-    if runs_directly(job, p, other, _) and (kind != DX or plain_dx(task, NULL)):
+    if runs_directly(job, p, other if kept == NULL else &job.x, _) and (kind != DX or plain_dx(task, kept)):
         runs.channels = p.channels
         runs.values = p.values
         runs.xstep = steps_of(&job.x, _)
-        runs.ostep = steps_of(other, _)
+        runs.ostep = steps_of(other, _) if kept == NULL else job.S
         runs.ystep = steps_of(&job.y, _)
         runs.flow.stream = job.y.streamed
-        apply_runs(kind, start_of(&job.x, &t, _), start_of(other, &t, _), <stored *> start_of(&job.y, &t, _), runs, like)
+        apply_runs(kind, start_of(&job.x, &t, _), start_of(other, &t, _) if kept == NULL else kept,
+                   <stored *> start_of(&job.y, &t, _), runs, like)
         return
     runs.values = 0
     while next_channels(job, p, &t, runs):
