@@ -75,8 +75,9 @@ def unet3d():
 
 
 # How many activations are fused in the modules, and in dynamo's graph: all but those behind attention's norms.
-# diffusers' residual blocks use one SiLU for the norms and for the embedding, transformers' GELU is a class of its own.
-MODELS = {unet: (0, 17), decoder: (1, 13), wav2vec2: (0, 1), unet3d: (6, 6)}
+# The residual blocks of diffusers' U-Net put the embedding through the SiLU of their norms, transformers' GELU is a
+# class of its own.
+MODELS = {unet: (0, 17), decoder: (13, 13), wav2vec2: (0, 1), unet3d: (6, 6)}
 
 
 def made(make):

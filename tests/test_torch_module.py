@@ -5,6 +5,7 @@ import functools
 import io
 import pickle
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -223,6 +224,21 @@ class Selects(Block):
         return self.act(h) * scale
 
 
+class More(Block):
+    """As diffusers' blocks, which warn of what they do not take any more."""
+
+    def forward(self, x, *args, **kwargs):
+        if len(args) > 0 or kwargs.get("scale") is not None:
+            warnings.warn("scale is ignored", stacklevel=2)
+        return super().forward(x)
+
+
+class MoreChanges(Block):
+    def forward(self, x, *args):
+        h = self.norm1(x)
+        return h if len(args) > 0 else self.act(h)
+
+
 class Asks(Block):
     def forward(self, x):
         h = self.act(self.norm1(x))
@@ -276,7 +292,8 @@ class CallsSequential(nn.Sequential):
     ("make", "fused"),
     [(Block, ["norm1", "norm2"]), (Told, []), (Trains, []), (SeenTwice, []), (NormTwice, []), (Depends, []),
      (TwoNames, ["norm1", "norm2"]), (Looped, []), (Functional, []), (OwnSequential, []), (Listed, []), (Selects, []),
-     (Counts, ["norm1", "norm2"]), (Asks, []), (Bound, []), (Backwards, []), (BoundSequential, []),
+     (Counts, ["norm1", "norm2"]), (More, ["norm1", "norm2"]), (MoreChanges, []),
+     (Asks, []), (Bound, []), (Backwards, []), (BoundSequential, []),
      (Calls, []), (CallsSequential, [])],
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip

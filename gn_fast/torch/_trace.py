@@ -33,6 +33,24 @@ class _Shallow(torch.fx.Tracer):
 
     proxy_buffer_attributes = True  # or what a forward does to a buffer in place would be done
 
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.given = given
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """What is given, and tensors for all else. Behind ``*`` is nothing if it is not given, behind ``**`` never."""
+        positional, named = [], {}
+        for p in list(inspect.signature(root_fn).parameters.values())[1:]:
+            if p.kind == p.VAR_KEYWORD or (p.kind == p.VAR_POSITIONAL and p.name not in self.given):
+                continue
+            stand_in = p.kind == p.VAR_POSITIONAL or p.name not in self.given
+            value = self.create_proxy("placeholder", p.name, (), {}) if stand_in else self.given[p.name]
+            if p.kind == p.KEYWORD_ONLY:
+                named[p.name] = value
+            else:
+                positional.append(value)
+        return lambda root: root_fn(root, *positional, **named), [self.root]
+
     def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
         return _Proxy(node, self)
 
@@ -79,7 +97,7 @@ def _trace(
     for module in trial.modules():
         if "training" in vars(module):
             module.training = training
-    return _Shallow().trace(trial, concrete_args=given or None)
+    return _Shallow(given).trace(trial)
 
 
 def _looks_at_classes(parent: nn.Module) -> bool:
@@ -99,15 +117,16 @@ def _looks_at_classes(parent: nn.Module) -> bool:
 
 
 def _arguments(parent: nn.Module) -> list[dict[str, Any]]:
-    """What forward is given besides tensors: any argument None, all of them, and flags either way."""
+    """What forward is given besides tensors: any argument None, all of them, flags either way, and more of them."""
     try:
-        parameters = inspect.signature(parent.forward).parameters.values()
+        parameters = list(inspect.signature(parent.forward).parameters.values())
     except ValueError as error:
         raise UnclearError(str(error)) from None
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     ordinary = [p.name for i, p in enumerate(named) if i or p.default is not p.empty]
     flags = [{p.name: value} for p in named if isinstance(p.default, bool) for value in (True, False)]
-    return [{}, *({name: None} for name in ordinary), dict.fromkeys(ordinary), *flags]
+    more = [{p.name: ...} for p in parameters if p.kind == p.VAR_POSITIONAL]
+    return [{}, *({name: None} for name in ordinary), dict.fromkeys(ordinary), *flags, *more]
 
 
 def _speaks_of_none(error: Exception) -> bool:
