@@ -349,13 +349,13 @@ cdef void clean(const uint8_t *mask, const stored *dy, stored *values, Py_ssize_
 
 
 cdef inline stored *kept_tile(const Task *task, const Span *t, const stored *_) noexcept nogil:
-    """Where dy' of a tile is kept until dx is made of it, or NULL. In float32, where a group's dx is, its sums were."""
+    """Where dy' of a tile is kept until dx is made of it, or NULL. What falls back to float64 is not kept; what is made
+    in float32 was summed in it first."""
     cdef const Job *job = task.job
-    cdef Unit u = unit_of(job, task.unit)
     if task.kept == NULL or storage_as(_) != job.work:
         return NULL
     if not job.channels_last:
-        return <stored *> task.kept + (t.c - u.c) * job.S + t.s
+        return <stored *> task.kept + (t.c - unit_of(job, task.unit).c) * job.S + t.s
     return <stored *> task.kept + t.s * job.C if t.lanes == job.C and job.C <= TILE else NULL
 
 
