@@ -7,8 +7,10 @@ import pytest
 import gn_fast
 from gn_fast import _core
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a job in the background, whose children inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a job in the background or under nohup ignores, its children would too.
+for name, handler in {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}.items():
+    if getattr(signal, name, None) and signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
+        signal.signal(getattr(signal, name), handler)
 
 
 @pytest.fixture
