@@ -98,9 +98,11 @@ cdef tuple per_channel(View *v, value, str name, Call *call, cnp.ndarray x, out)
     cdef bint each = has_row_of_each_sample(a, name, call, x)
     if cnp.PyArray_NDIM(a) == 0:
         a = np.full(call.job.C, a)
-    if storage_of(a) < FLOAT32:
-        with np.errstate(invalid="ignore"):  # of signalling NaNs, where the processor converts
+    if storage_of(a) == FLOAT16:
+        with np.errstate(invalid="ignore"):  # of signalling NaNs, where the processor converts; takes 0.9 us
             a = (<object> a).astype(np.float32, order="C")
+    elif storage_of(a) == BFLOAT16:
+        a = (<object> a).astype(np.float32, order="C")
     elif not cnp.PyArray_IS_C_CONTIGUOUS(a):
         a = (<object> a).copy()
     else:

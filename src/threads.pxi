@@ -241,7 +241,6 @@ cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int
         for i in range(plan.count):
             for unit in range(first, last):
                 task.unit = unit
-                task.known = known + (unit - first) * plan.size
                 if plan.kept_bytes:
                     task.kept = kept + (unit - first) * plan.kept_bytes
                 work_on_unit(plan, i, &task, known + (unit - first) * plan.size, found)
@@ -252,7 +251,7 @@ cdef void work_on_unit(const Plan *plan, int i, Task *task, double *known, doubl
     cdef const Pass *p = &plan.passes[i]
     cdef Py_ssize_t k
     task.chunk = 0
-    task.found = known
+    task.known = task.found = known
     if p.merge != NULL:
         p.stage(task)
         for k in range(1, plan.job.chunks):

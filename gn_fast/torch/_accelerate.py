@@ -151,7 +151,6 @@ def restore(model: nn.Module) -> None:
             module.__class__ = nn.GroupNorm  # type: ignore[assignment]
         for slot, child in module._modules.items():
             if type(child) is Fused:
-                child.activation.train(child.training)
                 module._modules[slot] = child.activation
 
 

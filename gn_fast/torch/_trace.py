@@ -92,7 +92,9 @@ def _trace(
     parent: nn.Module, children: Mapping[str, nn.Module], shared: Mapping[int, Any], training: bool,
     given: dict[str, Any],
 ) -> torch.fx.Graph:  # fmt: skip
-    trial = copy.deepcopy(parent, {key: value for key, value in shared.items() if value is not parent})
+    memo = dict(shared)
+    del memo[id(parent)]
+    trial = copy.deepcopy(parent, memo)
     trial._modules.update(children)
     for module in trial.modules():
         if "training" in vars(module):
