@@ -32,6 +32,7 @@ from .terminal import Advance, blamed, number_from_1, progress
 
 MIB = 1 << 20
 PIECE = 64 * MIB  # of samples or a tile: larger ones are no faster, and answer Ctrl-C later
+PYTHON = 4 * MIB  # its heap and malloc's grow by 1 MiB at a time
 THREAD = MIB  # a kernel's scratch has at most 350 KiB, and an allocator its own ways
 GROUP = 160  # bytes of a group's moments, of their copies and of what merging them takes, as float64
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -387,9 +388,8 @@ def _values(work: Work, memory: int) -> int:
     header = work.x.header
     n = max(1, header.shape[0])
     sample = math.prod(header.shape) // (n if header.order == "C" else 1) * work.bytes_per_value
-    taken = THREAD * gn_fast.get_num_threads() + sum(
-        a.nbytes for a in (work.weight, work.bias) if a is not None
-    )
+    parameters = sum(a.nbytes for a in (work.weight, work.bias) if a is not None)
+    taken = PYTHON + THREAD * gn_fast.get_num_threads() + parameters
     if taken + sample > memory:
         taken += GROUP * work.num_groups * (1 if header.order == "C" else n)
     least = taken + min(sample, MIB)
