@@ -251,10 +251,8 @@ class _Call:
         if moments is not None:
             slabs = x.chunks[0], self.groups
             fields = [_chunked(getattr(moments, field), slabs) for field in _MOMENTS.names or ()]
-            self.use(
-                "moments",
-                da.map_blocks(_packed_fields, *fields, dtype=_MOMENTS, meta=np.empty((0, 0), _MOMENTS)),
-            )
+            meta = np.empty((0, 0), _MOMENTS)
+            self.use("moments", da.map_blocks(_packed_moments, *fields, dtype=_MOMENTS, meta=meta))
 
     def parameter(self, a: Any) -> tuple[Any, tuple[int, ...]]:
         """A weight or bias as (), (C,) or (N, C), without its ones."""
@@ -478,11 +476,8 @@ def _itself(block: Block, axis: Any, keepdims: bool) -> Block:
     return block
 
 
-def _packed_fields(*fields: Block) -> Block:
-    block = np.empty(fields[0].shape, _MOMENTS)
-    for name, values in zip(_MOMENTS.names or (), fields, strict=True):
-        block[name] = values
-    return block
+def _packed_moments(*fields: Block) -> Block:
+    return _packed(Moments._trusted(*fields), 2, 1)
 
 
 def _packed(statistics: Statistics, ndim: int, axis: int) -> Block:

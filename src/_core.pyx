@@ -416,6 +416,7 @@ cdef summed(cnp.ndarray sums, cnp.ndarray value, const View *v, Job *job):
     """A weight's or bias's gradient from its sums over blocks of samples, which are added up in order, as those of the channels are
     for a scalar."""
     cdef double *total = <double *> cnp.PyArray_DATA(sums)
+    cdef float *rounded
     cdef cnp.ndarray result
     cdef Py_ssize_t n, c, size
     if value is None:
@@ -430,11 +431,11 @@ cdef summed(cnp.ndarray sums, cnp.ndarray value, const View *v, Job *job):
         for c in range(1, job.C):
             total[0] += total[c]
     for c in range(size):
-        if total[c] != total[c]:
-            total[c] = NAN  # one of them: the sign of a sum of NaNs is the compiler's choice
+        total[c] = total[c] if total[c] == total[c] else NAN  # one: the sign of a sum of NaNs is the compiler's choice
     if storage_of(result) == FLOAT32:
+        rounded = <float *> cnp.PyArray_DATA(result)
         for c in range(size):
-            (<float *> cnp.PyArray_DATA(result))[c] = <float> total[c]
+            rounded[c] = <float> total[c]
     else:
         with np.errstate(all="ignore"):  # beyond the largest float16 is infinity, as it is in dx
             (<object> result)[...] = (<object> sums).reshape(-1)[:size].reshape(shape_of(result))

@@ -233,6 +233,7 @@ cdef inline void apply_to(int way, int kind, const stored *x, const stored *othe
 cdef inline void apply_kind(int way, int kind, const stored *x, const stored *other, stored *y, const void *t,
                             vec like) noexcept nogil:
     if kind == DX:
+        gn_assume(other != NULL)
         apply_to(way, DX, x, other, y, t, like)
     elif kind == IDENTITY and other == NULL:
         apply_to(way, IDENTITY, x, <const stored *> NULL, y, t, like)

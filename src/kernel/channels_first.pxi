@@ -296,13 +296,19 @@ cdef void channels_first_apply(const Task *task, int kind, const stored *_, vec 
 cdef bint centre_sums(Py_ssize_t channels, double rest, double *sum, double *product) noexcept nogil:
     """Bring the products of one group's channels to their mean, of which `rest` was left out; returns whether float32
     carried them."""
-    cdef double largest = 0, none = 0
-    cdef Py_ssize_t c
-    for c in range(channels):
-        product[c] -= rest * sum[c]
-        largest = max(largest, abs(sum[c]))
-        none += (sum[c] - sum[c]) + (product[c] - product[c])
-    return none == 0 and 2.0 ** -60 < largest < 2.0 ** 60
+    cdef doubles zero = gn_all_doubles(0), largest = zero, none = zero, s, p
+    cdef Py_ssize_t i = 0, k, n
+    for k in range((channels + DOUBLES - 1) // DOUBLES):
+        n = min(DOUBLES, channels - i)
+        s = some_of(<const double *> sum + i, n, zero)
+        p = some_of(<const double *> product + i, n, zero) - gn_all_doubles(rest) * s
+        store_few(product + i, p, n, False)
+        largest = most(absolute(s), largest)
+        none += (s - s) + (p - p)  # NaN, if one is not finite
+        i += DOUBLES
+    none = where_at_most(none, zero, zero, gn_all_doubles(1))
+    return not (gn_any_less(zero, none) or gn_any_less(gn_all_doubles(2.0 ** 60), largest)
+                or not gn_any_less(gn_all_doubles(2.0 ** -60), largest))
 
 
 cdef inline void sum_run(const Job *job, const stored *x, const stored *dy, Py_ssize_t n, double pivot, double *sum,

@@ -113,6 +113,7 @@ cdef inline void sum_channel(const stored *x, const stored *v, Py_ssize_t n, vec
     cdef vec q[LANES]
     cdef Py_ssize_t k, j
     cdef double d
+    gn_assume(v != NULL)
     if vec is floats and n < PIECE:
         k = n - n % LANES
         sum_lanes(x, v, n // LANES, p, s, q)

@@ -329,6 +329,9 @@ static inline void gn_total_floats(const gn_floats *p, const gn_floats *q, doubl
 #endif
 }
 
+/* Tell the compiler a fact that it cannot know, so that it leaves out what is made for the contrary. */
+static inline void gn_assume(int fact) { if (!fact) __builtin_unreachable(); }
+
 /* ---- memory ----------------------------------------------------------------------------------- */
 
 /* Ask for a line to be brought to the level 1 cache. */

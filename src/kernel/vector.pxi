@@ -50,6 +50,7 @@ cdef extern from "vector.h" nogil:
     void gn_add_doubles(double *, doubles)
     void gn_total(const double *, double *, double *)
     void gn_total_floats(const floats *, const floats *, double *, double *)
+    void gn_assume(bint)
     void gn_prefetch(const void *)
     Py_ssize_t gn_before_line(const void *)
     void gn_stream(void *, const void *, size_t)
