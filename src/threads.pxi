@@ -198,7 +198,7 @@ cdef struct Plan:
     Py_ssize_t batch  # units that a thread brings to the end of a pass before it begins the next
     char *scratch  # of each thread
     Py_ssize_t scratch_bytes
-    char *kept  # of each thread: dy' of a batch
+    char *kept  # dy' of the units at work, of each thread a batch or one that all share
     Py_ssize_t kept_bytes  # of each unit, or 0
 
 
@@ -303,6 +303,8 @@ cdef void sweep(const void *s, int thread) noexcept nogil:
     cdef unsigned before = gn_enter_mode(plan.mode)
     cdef Scratch scratch = plan.kernel.scratch_of(plan.job, plan.scratch + thread * plan.scratch_bytes)
     cdef Task task = Task(plan.job, unit, 0, plan.found, NULL, &scratch, NULL)
+    if plan.kept_bytes:
+        task.kept = plan.kept
     for k in range(last - first + 1):
         chunk = last - k if i % 2 else first + k
         task.chunk = chunk
@@ -348,13 +350,15 @@ cdef Py_ssize_t bytes_ahead(const Plan *plan, Py_ssize_t unit_bytes, bint togeth
 
 
 cdef Py_ssize_t bytes_kept(const Plan *plan, bint together) noexcept nogil:
-    """Of a unit's dy', which with an activation takes long to make twice, if the last level has room for it."""
+    """Of a unit's dy', which with an activation takes long to make twice, if the last level has room for it: a quarter of
+    it, or half where exponentials are made."""
     cdef const Job *job = plan.job
     cdef Py_ssize_t bytes = job.C * job.S * job.N // job.units * (8 if job.work == FLOAT64 else 4)
-    if (together or job.activation == IDENTITY or job.mask.data != NULL or plan.count < 2
+    cdef Py_ssize_t room = LAST_LEVEL_BYTES // (4 if job.activation in (RELU, LEAKY_RELU, HARDSWISH) else 2)
+    if (job.activation == IDENTITY or job.mask.data != NULL or plan.count < 2
             or plan.passes[plan.count - 2].stage != plan.kernel.sums.stage):
         return 0
-    return bytes if 4 * plan.threads * bytes <= LAST_LEVEL_BYTES else 0
+    return bytes if bytes * (1 if together else plan.threads) <= room else 0
 
 
 cdef int run(Plan *plan, wanted_threads) except -1:
@@ -384,7 +388,7 @@ cdef int run(Plan *plan, wanted_threads) except -1:
     found = (job.chunks if together else plan.threads * (plan.batch + 1)) * plan.size * <Py_ssize_t> sizeof(double) + 63 & ~63
     plan.kept_bytes = bytes_kept(plan, together) + 63 & ~<Py_ssize_t> 63
     plan.scratch = <char *> PyMem_RawMalloc(
-        plan.threads * (plan.scratch_bytes + plan.batch * plan.kept_bytes) + found + 64)
+        plan.threads * plan.scratch_bytes + (1 if together else plan.threads * plan.batch) * plan.kept_bytes + found + 64)
     if plan.scratch == NULL:
         raise MemoryError("no memory for what is found of a unit of work")
     memory = <Py_ssize_t> plan.scratch
