@@ -417,7 +417,7 @@ cdef summed(cnp.ndarray sums, cnp.ndarray value, const View *v, Job *job):
     for a scalar."""
     cdef double *total = <double *> cnp.PyArray_DATA(sums)
     cdef float *rounded
-    cdef cnp.ndarray result
+    cdef cnp.ndarray result, single
     cdef Py_ssize_t n, c, size
     if value is None:
         return None
@@ -432,10 +432,13 @@ cdef summed(cnp.ndarray sums, cnp.ndarray value, const View *v, Job *job):
             total[0] += total[c]
     for c in range(size):
         total[c] = total[c] if total[c] == total[c] else NAN  # one: the sign of a sum of NaNs is the compiler's choice
-    if storage_of(result) == FLOAT32:
-        rounded = <float *> cnp.PyArray_DATA(result)
+    if storage_of(result) == FLOAT32 or storage_of(result) == BFLOAT16:
+        single = result if storage_of(result) == FLOAT32 else empty_row(size, cnp.NPY_FLOAT)
+        rounded = <float *> cnp.PyArray_DATA(single)
         for c in range(size):
             rounded[c] = <float> total[c]
+        if single is not result:  # which NumPy has no errors of, but would ask for them: 1 us
+            (<object> result).reshape(-1)[...] = single
     else:
         with np.errstate(all="ignore"):  # beyond the largest float16 is infinity, as it is in dx
             (<object> result)[...] = (<object> sums).reshape(-1)[:size].reshape(shape_of(result))
