@@ -198,6 +198,27 @@ def test_strides_are_stocks(layout):
         assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_across_the_result_is_as_good_as_a_copy_of_it(dtype, activation):
+    """As an attention leaves it: channels innermost, but the strides of no memory format."""
+
+    def across(t):
+        return t.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).reshape(t.shape)
+
+    input, residual, dy = (plain(1, 8, 6, 6, dtype=dtype) for _ in range(3))
+    weight, bias = plain(8, dtype=dtype), plain(8, dtype=dtype)
+    found = []
+    for lay in (across, torch.clone):
+        x, r = lay(input).detach().requires_grad_(), lay(residual).detach().requires_grad_()
+        y = group_norm(x, 2, weight, bias, activation=activation, residual=r)
+        found.append((y, *torch.autograd.grad(y, (x, r), lay(dy))))
+    assert x.is_contiguous()
+    assert not across(input).is_contiguous()
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, rtol=0, atol=0)
+
+
 def test_three_dimensions_keep_channels_last():
     x = plain(2, 8, 3, 4, 5).to(memory_format=torch.channels_last_3d).requires_grad_()
     y = group_norm(x, 2)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function as one_level
+from torch._prims_common import suggest_memory_format
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as forward_mode
 
 from . import _arrays, _composed
@@ -66,24 +67,28 @@ def _backward(dy, input, num_groups, weight, bias, eps, activation, slope, resid
 # ---- what they give, without doing it --------------------------------------------------------------------
 
 
+def _result_like(input: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+
+
 @torch.library.register_fake("gn_fast::group_norm")
 def _fake_group_norm(input, *_):  # type: ignore[no-untyped-def]
-    return _arrays.empty_like(input)
+    return _result_like(input)
 
 
 @torch.library.register_fake("gn_fast::group_norm_with_moments")
 def _fake_with_moments(input, num_groups, *_):  # type: ignore[no-untyped-def]
     moments = [input.new_empty(input.shape[0], num_groups, dtype=torch.float64) for _ in range(2)]
-    return _arrays.empty_like(input), *moments
+    return _result_like(input), *moments
 
 
 @torch.library.register_fake("gn_fast::group_norm_backward")
 def _fake_backward(dy, input, num_groups, weight, bias, eps, activation, slope, residual, mean, m2):  # type: ignore[no-untyped-def]
     return (
-        _arrays.empty_like(input),
+        _result_like(input),
         input.new_empty(0) if weight is None else torch.empty_like(weight),
         input.new_empty(0) if bias is None else torch.empty_like(bias),
-        input.new_empty(0) if residual is None else _arrays.empty_like(input).to(residual.dtype),
+        input.new_empty(0) if residual is None else _result_like(input).to(residual.dtype),
     )
 
 
