@@ -12,6 +12,9 @@ cdef enum Activation:
 cdef enum:
     MAX_SPATIAL = 62  # NumPy's 64 dimensions less those of samples and channels
     SHORT = 16  # channels of fewer positions have a parameter for each value (short.pxi)
+    # Values of a tile at most: whole pieces, and up to twice STEP rows of STRIP lanes; 8 channels of 14 x 14 in 16 bits end
+    # with a line. One of x holds BLOCK.
+    TILE = 1792
     SHORT_TILE = 512  # values that are worked on with their parameters; where these are absent, so many are all alike
 
 cdef struct View:  # an array as (N, C, *spatial); strides in bytes, 0 where it is broadcast

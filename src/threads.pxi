@@ -355,10 +355,10 @@ cdef Py_ssize_t bytes_kept(const Plan *plan, bint together) noexcept nogil:
     cdef const Job *job = plan.job
     cdef Py_ssize_t bytes = job.C * job.S * job.N // job.units * (8 if job.work == FLOAT64 else 4)
     cdef Py_ssize_t room = LAST_LEVEL_BYTES // (4 if job.activation in (RELU, LEAKY_RELU, HARDSWISH) else 2)
-    if (job.activation == IDENTITY or job.mask.data != NULL or plan.count < 2
+    if (job.activation == IDENTITY or job.mask.data != NULL or (job.channels_last and job.C > TILE) or plan.count < 2
             or plan.passes[plan.count - 2].stage != plan.kernel.sums.stage):
         return 0
-    return bytes if bytes * (1 if together else plan.threads) <= room else 0
+    return bytes if bytes * (1 if together else plan.threads * plan.batch) <= room else 0
 
 
 cdef int run(Plan *plan, wanted_threads) except -1:

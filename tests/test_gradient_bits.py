@@ -101,6 +101,23 @@ def test_every_activation(three_processors, activation, layout, dtype):
     assert_same_everywhere(arguments, str(activation))
 
 
+@every_dtype
+@both_layouts
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize(("shape", "num_groups"), [((1, 3, 140000), 3), ((1, 96, 1200), 2)], ids=name_of)
+def test_what_threads_keep_of_a_shared_sample(three_processors, shape, num_groups, activation, layout, dtype):
+    options = ["weight", "bias", "residual"]
+    arguments = gradient_problem(shape, num_groups, dtype, layout, options=options) | {"activation": activation}
+    expected = alone(arguments)
+    for threads in (2, 3):
+        with gn_fast.num_threads(threads):
+            for got, wanted in zip(gradients(arguments), expected, strict=True):
+                assert_same_bits(got, wanted)
+            x = arguments["x"].copy(order="K")
+            for got, wanted in zip(gradients(arguments | {"x": x}, out=x), expected, strict=True):
+                assert_same_bits(got, wanted)
+
+
 @both_layouts
 @pytest.mark.parametrize(
     ("shape", "num_groups"),

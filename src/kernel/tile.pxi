@@ -2,9 +2,6 @@
 # live in this file and nowhere else.
 
 cdef enum:
-    # Values of a tile at most: whole pieces, and up to twice STEP rows of STRIP lanes; 8 channels of 14 x 14 in 16 bits end
-    # with a line. One of x holds BLOCK.
-    TILE = 1792
     PACKET = 128  # values gathered at a time from strided memory
 
 cdef struct Span:  # the part of an array that a tile holds, from sample n, channel c, position s on
