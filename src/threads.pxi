@@ -198,7 +198,7 @@ cdef struct Plan:
     Py_ssize_t batch  # units that a thread brings to the end of a pass before it begins the next
     char *scratch  # of each thread
     Py_ssize_t scratch_bytes
-    char *kept  # dy' of the units at work, of each thread a batch or one that all share
+    char *kept  # dy' of the units at work, of each thread a batch or one that all share; or NULL
     Py_ssize_t kept_bytes  # of each unit, or 0
 
 
@@ -241,8 +241,7 @@ cdef void work_on_units(const Plan *plan, Py_ssize_t first, Py_ssize_t stop, int
         for i in range(plan.count):
             for unit in range(first, last):
                 task.unit = unit
-                if plan.kept_bytes:
-                    task.kept = kept + (unit - first) * plan.kept_bytes
+                task.kept = kept + (unit - first) * plan.kept_bytes
                 work_on_unit(plan, i, &task, known + (unit - first) * plan.size, found)
         first = last
 
@@ -302,9 +301,7 @@ cdef void sweep(const void *s, int thread) noexcept nogil:
     cdef Py_ssize_t last = (thread + 1) * plan.job.chunks // plan.threads - 1
     cdef unsigned before = gn_enter_mode(plan.mode)
     cdef Scratch scratch = plan.kernel.scratch_of(plan.job, plan.scratch + thread * plan.scratch_bytes)
-    cdef Task task = Task(plan.job, unit, 0, plan.found, NULL, &scratch, NULL)
-    if plan.kept_bytes:
-        task.kept = plan.kept
+    cdef Task task = Task(plan.job, unit, 0, plan.found, NULL, &scratch, <void *> plan.kept)
     for k in range(last - first + 1):
         chunk = last - k if i % 2 else first + k
         task.chunk = chunk
@@ -349,22 +346,22 @@ cdef Py_ssize_t bytes_ahead(const Plan *plan, Py_ssize_t unit_bytes, bint togeth
     return plan.batch * unit_bytes
 
 
-cdef Py_ssize_t bytes_kept(const Plan *plan, bint together) noexcept nogil:
-    """Of a unit's dy', which with an activation takes long to make twice, if the last level has room for it: a quarter of
-    it, or half where exponentials are made."""
+cdef Py_ssize_t bytes_kept(const Plan *plan, Py_ssize_t at_work) noexcept nogil:
+    """Of a unit's dy', which with an activation takes long to make twice, if the last level has room for it and the other
+    units at work: a quarter of it, or half where exponentials are made."""
     cdef const Job *job = plan.job
     cdef Py_ssize_t bytes = job.C * job.S * job.N // job.units * (8 if job.work == FLOAT64 else 4)
     cdef Py_ssize_t room = LAST_LEVEL_BYTES // (4 if job.activation in (RELU, LEAKY_RELU, HARDSWISH) else 2)
     if (job.activation == IDENTITY or job.mask.data != NULL or (job.channels_last and job.C > TILE) or plan.count < 2
             or plan.passes[plan.count - 2].stage != plan.kernel.sums.stage):
         return 0
-    return bytes if bytes * (1 if together else plan.threads * plan.batch) <= room else 0
+    return bytes if bytes * at_work <= room else 0
 
 
 cdef int run(Plan *plan, wanted_threads) except -1:
     """Carry the plan out on as many threads as are worth it."""
     cdef Job *job = plan.job
-    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes, found
+    cdef Py_ssize_t values = job.N * job.C * job.S, unit_bytes, at_work, found
     cdef Py_ssize_t memory
     cdef bint together
     if values == 0:
@@ -386,15 +383,17 @@ cdef int run(Plan *plan, wanted_threads) except -1:
     plan.mode = gn_mode()
     plan.scratch_bytes = plan.kernel.scratch_bytes(job)
     found = (job.chunks if together else plan.threads * (plan.batch + 1)) * plan.size * <Py_ssize_t> sizeof(double) + 63 & ~63
-    plan.kept_bytes = bytes_kept(plan, together) + 63 & ~<Py_ssize_t> 63
-    plan.scratch = <char *> PyMem_RawMalloc(
-        plan.threads * plan.scratch_bytes + (1 if together else plan.threads * plan.batch) * plan.kept_bytes + found + 64)
+    at_work = 1 if together else plan.threads * plan.batch
+    plan.kept_bytes = bytes_kept(plan, at_work) + 63 & ~<Py_ssize_t> 63
+    plan.scratch = <char *> PyMem_RawMalloc(plan.threads * plan.scratch_bytes + at_work * plan.kept_bytes + found + 64)
     if plan.scratch == NULL:
         raise MemoryError("no memory for what is found of a unit of work")
     memory = <Py_ssize_t> plan.scratch
     plan.found = <double *> (plan.scratch + (-memory & 63))
     plan.scratch = <char *> plan.found + found
-    plan.kept = plan.scratch + plan.threads * plan.scratch_bytes
+    plan.kept = NULL
+    if plan.kept_bytes:
+        plan.kept = plan.scratch + plan.threads * plan.scratch_bytes
     with nogil:
         if together:
             work_together(plan)

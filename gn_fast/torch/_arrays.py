@@ -44,12 +44,14 @@ def format_of(input: Tensor) -> torch.memory_format:
     return suggest_memory_format(input)
 
 
-def along(form: torch.memory_format, tensor: Tensor) -> Any:
+def along(form: torch.memory_format, tensor: Tensor | None) -> Any:
     """The tensor's memory as an array; of a copy in that format, if what is innermost there has steps here.
 
     As in one sample, or a sequence, that an attention gave. PyTorch copies it in a third to a sixth of the time in
     which the kernel gathers value by value.
     """
+    if tensor is None:
+        return None
     if tensor.stride(-1 if form is contiguous_format else 1) > 1:
         tensor = tensor.contiguous(memory_format=form)
     return array_of(tensor)
@@ -90,8 +92,8 @@ def forward_with_moments(
     y = torch.empty_like(input, memory_format=form)
     _, moments = group_norm(
         along(form, input), num_groups, array(weight), array(bias), eps,
-        residual=residual if residual is None else along(form, residual), activation=activation,
-        out=array(y), return_moments=True, num_threads=get_num_threads(),
+        residual=along(form, residual), activation=activation, out=array(y), return_moments=True,
+        num_threads=get_num_threads(),
     )  # fmt: skip
     return y, moments
 
@@ -113,7 +115,7 @@ def backward(
     dx = torch.empty_like(input, memory_format=form)
     _, dweight, dbias, *dresidual = gn_fast.group_norm_backward(
         along(form, dy), along(form, input), num_groups, array(weight), array(bias), eps,
-        residual=residual if residual is None else along(form, residual), activation=activation,
+        residual=along(form, residual), activation=activation,
         moments=moments, out=array(dx), num_threads=get_num_threads(),
     )  # fmt: skip
     dr = tensor(dresidual[0], input.dtype).to(residual.dtype) if residual is not None else None

@@ -68,6 +68,7 @@ def _backward(dy, input, num_groups, weight, bias, eps, activation, slope, resid
 
 
 def _result_like(input: Tensor) -> Tensor:
+    """In `_arrays.format_of`, without its short way: that asks for what may be a symbol and would become a guard."""
     return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
 

@@ -357,7 +357,7 @@ cdef inline stored *kept_tile(const Task *task, const Span *t, const stored *_) 
         return NULL
     if not job.channels_last:
         return <stored *> task.kept + (t.c - unit_of(job, task.unit).c) * job.S + t.s
-    return <stored *> task.kept + t.s * job.C if t.lanes == job.C and job.C <= TILE else NULL
+    return <stored *> task.kept + t.s * job.C if t.lanes == job.C else NULL
 
 
 cdef const stored *gradient_tile(const Task *task, int way, const Span *t, const stored *x, const void *parameters,
